@@ -1,0 +1,5 @@
+"""`python -m reflectvlm`."""
+
+from reflectvlm.cli import main
+
+raise SystemExit(main())

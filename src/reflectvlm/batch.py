@@ -1,0 +1,123 @@
+"""The tensors: a `Batch` of packed rows, what a policy says about it, and what a loss takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from reflectvlm.types import Patches
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """B rows of at most T tokens, right-padded.
+
+    Example, one row "[image] 3 + 5 = 8" with the answer trained: `ids` is
+    `[start, pad, pad, pad, pad, end, 3, +, 5, =, 8, eos]`, `visual` is
+    `[-1, 0, 1, 2, 3, -1, -1, …]` (rows of the features), and `trained` is True for `8, eos`.
+    """
+
+    ids: Int[Tensor, "B T"]
+    positions: Int[Tensor, "3 B T"]
+    """M-RoPE positions (frame, row, column), always explicit."""
+    attention: Bool[Tensor, "B T"]
+    """False: padding."""
+    visual: Int[Tensor, "B T"]
+    """Row of the concatenated features of `images` that stands here; -1: text."""
+    trained: Bool[Tensor, "B T"]
+    predictor: Int[Tensor, "B T"]
+    """Column whose hidden state predicts this token: the one to the left, or the last one before
+    an inserted block when the token had been sampled before the block was."""
+    prompt: Int[Tensor, " B"]
+    """Rows with the same number have the same prompt."""
+    prompt_tokens: Int[Tensor, " B"]
+    """How many of the row's first tokens are its prompt."""
+    images: tuple[Patches, ...]
+    """Distinct images of all rows, each once."""
+    old_logprobs: Float[Tensor, "B T"]
+    """Behaviour log-probs; 0 where not trained."""
+    advantages: Float[Tensor, " B"]
+    num_tokens: float
+    """Trained tokens of the *whole* update, over all micro-batches and ranks."""
+    num_sequences: float
+    """Sequences of the whole update."""
+    ref_logprobs: Float[Tensor, "B T"] | None = None
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Rows `start` to `stop`, without the columns in which all of them are padding. Images and
+        global counts stay those of the whole, so losses of parts add up to the loss of the whole."""
+        used = self.attention[start:stop].any(0).nonzero().flatten()
+        first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
+        columns = slice(first, last)
+        rows = slice(start, stop)
+        return dataclasses.replace(
+            self,
+            ids=self.ids[rows, columns],
+            positions=self.positions[:, rows, columns],
+            attention=self.attention[rows, columns],
+            visual=self.visual[rows, columns],
+            trained=self.trained[rows, columns],
+            predictor=(self.predictor[rows, columns] - first).clamp(min=0),
+            prompt=self.prompt[rows],
+            prompt_tokens=self.prompt_tokens[rows],
+            old_logprobs=self.old_logprobs[rows, columns],
+            advantages=self.advantages[rows],
+            ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[rows, columns],
+        )
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """Micro-batches of at most `size` rows."""
+        for start in range(0, len(self), size):
+            yield self.rows(start, min(start + size, len(self)))
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = {
+            field.name: value.to(device)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        images = tuple(dataclasses.replace(image, pixels=image.pixels.to(device)) for image in self.images)
+        return dataclasses.replace(self, **moved, images=images)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenScores:
+    """What a policy says about each trained token; 0 elsewhere."""
+
+    logprobs: Float[Tensor, "B T"]
+    entropy: Float[Tensor, "B T"]
+    """Entropy in nats of the distribution the token was drawn from; carries no gradient."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LossInputs:
+    """All an objective may see. Time index: entry [b, t] is about *predicting* token t of row b."""
+
+    logprobs: Float[Tensor, "B T"]
+    old_logprobs: Float[Tensor, "B T"]
+    ref_logprobs: Float[Tensor, "B T"] | None
+    entropy: Float[Tensor, "B T"]
+    advantages: Float[Tensor, " B"]
+    mask: Bool[Tensor, "B T"]
+    num_tokens: float
+    """Trained tokens of the whole update: the denominator of a token mean."""
+    num_sequences: float
+    """Sequences of the whole update: the denominator of a sequence mean."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LossOutputs:
+    loss: Float[Tensor, ""]
+    metrics: Mapping[str, Float[Tensor, ""]]
+    """Detached and already divided by the global counts like the loss, so that the values of
+    micro-batches and ranks *add up* to the batch's value."""
+    peaks: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
+    """Detached values of which micro-batches and ranks take the *maximum*."""

@@ -1,0 +1,1 @@
+"""Bridges to other libraries: each module is one library, imported only by whoever uses it."""

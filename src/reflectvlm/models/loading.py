@@ -1,0 +1,82 @@
+"""Finding and loading a model's parts: weights, tokenizer, image processor.
+
+The bundled processor of transformers is not used: it needs a video processor and with it
+torchvision. Tokenizer and image processor alone are enough, and neither needs it.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
+
+
+def image_processor_class() -> Any:
+    """Qwen2-VL's image processor on PIL, which needs no torchvision."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    return Qwen2VLImageProcessorPil
+
+
+def find_model(path: str) -> str:
+    """`"tiny"` is the base that ships here, a folder is itself, anything else is a hub name.
+
+    Raises FileNotFoundError if `path` looks like a folder that does not exist.
+    """
+    from reflectvlm.models.tiny import pretrained_tiny
+
+    if path == "tiny":
+        return str(pretrained_tiny())
+    if Path(path).is_dir():
+        return path
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise FileNotFoundError(
+            f"No model folder at {path!r}. Give 'tiny', a folder written by save_pretrained, "
+            "or a hub name such as 'Qwen/Qwen2.5-VL-7B-Instruct'."
+        )
+    return path
+
+
+def load_model(path: str, *, dtype: Dtype, attention: Attention, trust_remote_code: bool = False) -> Any:
+    """The stock model class for the folder's configuration, in training dtype, without dropout."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    source = find_model(path)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    families = ("qwen2_vl", "qwen2_5_vl")
+    if config.model_type not in families:
+        raise ValueError(
+            f"{path!r} is a {config.model_type!r} model. This policy knows the families {families}; "
+            "a new family needs a Policy of its own (docs/design.md, 'Policies')."
+        )
+    chosen = {} if attention == "auto" else {"attn_implementation": attention}
+    model = AutoModelForImageTextToText.from_pretrained(
+        source, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **chosen
+    )
+    logging.getLogger("reflectvlm").debug("loaded %s from %s", type(model).__name__, source)
+    return model.eval()
+
+
+def load_tokenizer(path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(find_model(path))
+
+
+def load_image_processor(path: str, min_pixels: int | None, max_pixels: int | None) -> Any:
+    """The folder's image processor with the run's pixel limits, which stand nowhere else."""
+    size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+    processor = image_processor_class().from_pretrained(find_model(path))
+    merged = {name: value if value is not None else processor.size[name] for name, value in size.items()}
+    if merged["shortest_edge"] > merged["longest_edge"]:
+        raise ValueError(
+            f"min_pixels={merged['shortest_edge']} is more than max_pixels={merged['longest_edge']}. "
+            "Give an image's fewest and most pixels after resizing, fewest first."
+        )
+    processor.size = type(processor.size)(**merged) if not isinstance(processor.size, dict) else merged
+    return processor

@@ -1,0 +1,239 @@
+"""The policy for Qwen2-VL and Qwen2.5-VL, on the stock classes of transformers.
+
+No part of the model is patched: features are scattered into the input embeddings, positions are
+always explicit (so no `rope_deltas` of an earlier call can leak in), and log-probs are taken from
+hidden states, so [T, 152k] logits are never built.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from reflectvlm import ops
+from reflectvlm.batch import Batch, TokenScores
+from reflectvlm.models.chat import chat_spans
+from reflectvlm.models.freezing import Part, freeze
+from reflectvlm.models.loading import Attention, Dtype, load_image_processor, load_model, load_tokenizer
+from reflectvlm.models.prefix import pack, worth_packing
+from reflectvlm.spans import VisionIds, collate, count_tokens
+from reflectvlm.types import Grid, Instruction, Patches, Prompt, Sample, Spans, Text
+
+# Ids that stand for pixels. A policy that samples one makes tokens and features disagree.
+_VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+_END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+
+
+def load_policy(
+    path: str = "tiny",
+    *,
+    dtype: Dtype = "float32",
+    attention: Attention = "auto",
+    freeze_parts: Sequence[Part] = (),
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
+) -> QwenVL:
+    """A policy from `"tiny"`, a folder, or a hub name.
+
+    `freeze_parts` of vision, projector, language stay as they are; pixel limits are those of the
+    image after resizing, None keeps the model's own.
+    """
+    model = load_model(path, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
+    freeze(model, freeze_parts)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return QwenVL(
+        model=model,
+        tokenizer=load_tokenizer(path),
+        image_processor=load_image_processor(path, min_pixels, max_pixels),
+        source=path,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QwenVL:
+    """Satisfies `protocols.Policy`."""
+
+    model: Any
+    tokenizer: Any
+    image_processor: Any
+    source: str = ""
+    padding_side: Literal["right", "left"] = "right"
+    """Which side short rows are padded on. No result depends on it; tests try both."""
+    share_prefix: bool = True
+    """Rows of one prompt run it once (`prefix.py`). False is the plain way; results are the same."""
+    chunk: int = 1024
+    """Trained tokens whose logits exist at one time."""
+
+    @property
+    def module(self) -> nn.Module:
+        module: nn.Module = self.model
+        return module
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.lm_head.weight.device
+
+    @functools.cached_property
+    def vision(self) -> VisionIds:
+        config = self.model.config
+        return VisionIds(config.vision_start_token_id, config.image_token_id, config.vision_end_token_id)
+
+    @functools.cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end a turn."""
+        return tuple(self.tokenizer.convert_tokens_to_ids(list(_END_TOKENS)))
+
+    @functools.cached_property
+    def pad_id(self) -> int:
+        return int(self.tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+
+    @functools.cached_property
+    def reserved_ids(self) -> tuple[int, ...]:
+        """Ids that stand for pixels, and embedding rows that no token owns."""
+        vision = self.tokenizer.convert_tokens_to_ids(list(_VISION_TOKENS))
+        spare = range(len(self.tokenizer), self.model.lm_head.weight.shape[0])
+        return tuple(sorted({*vision, *spare}))
+
+    @functools.cached_property
+    def banned(self) -> Int[Tensor, " R"]:
+        return torch.tensor(self.reserved_ids, device=self.device)
+
+    def prompt(self, sample: Sample, instruction: Instruction) -> Prompt:
+        spans = chat_spans(self.tokenizer, self.vision, sample, instruction)
+        return Prompt(sample=sample, spans=spans, patches=tuple(map(self.patches, sample.images)))
+
+    def patches(self, image: Any) -> Patches:
+        """One image, resized to the run's limits and cut into patches."""
+        made = self.image_processor(images=[image], return_tensors="pt")
+        frames, rows, columns = made["image_grid_thw"][0].tolist()
+        merge = self.image_processor.merge_size
+        return Patches(pixels=made["pixel_values"], grid=Grid(frames, rows // merge, columns // merge))
+
+    def prompt_length(self, prompt: Prompt) -> int:
+        """Tokens of a prompt, visual tokens counted."""
+        return count_tokens(prompt.spans, prompt.grids)
+
+    def answer(self, text: str) -> tuple[Text]:
+        """A gold answer as a trained span that ends its turn. Special tags count as special.
+
+        Raises ValueError if the text spells a token that stands for pixels.
+        """
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if reserved := sorted({*ids} & {*self.reserved_ids}):
+            raise ValueError(
+                f"A gold answer spells {self.decode(reserved)!r}, which stands for pixels and can be neither "
+                f"sampled nor trained. Remove it from: {text[:80]!r}"
+            )
+        return (Text(ids=(*ids, self.end_ids[0]), trained=True),)
+
+    def batch(self, sequences: Sequence[tuple[Prompt, Spans]]) -> Batch:
+        return collate(sequences, self.vision, self.pad_id, side=self.padding_side).to(self.device)
+
+    def features(self, images: Sequence[Patches]) -> Float[Tensor, "V D"]:
+        if not images:
+            return torch.zeros(
+                0, self.model.lm_head.weight.shape[1], device=self.device, dtype=self.model.dtype
+            )
+        merge = self.image_processor.merge_size
+        grids = [(i.grid.frames, i.grid.rows * merge, i.grid.columns * merge) for i in images]
+        pixels = torch.cat([image.pixels for image in images]).to(self.device)
+        made = self.model.model.get_image_features(
+            pixels, torch.tensor(grids, device=self.device), return_dict=True
+        )
+        return torch.cat(list(made.pooler_output)).to(self.model.dtype)
+
+    def embed(
+        self, ids: Int[Tensor, "B T"], visual: Int[Tensor, "B T"], features: Float[Tensor, "V D"]
+    ) -> Float[Tensor, "B T D"]:
+        """Input embeddings with features where `visual` names a feature row."""
+        embedded = self.model.get_input_embeddings()(ids)
+        if len(features) == 0:
+            return embedded
+        return torch.where((visual >= 0)[..., None], features[visual.clamp(min=0)], embedded)
+
+    def hidden(
+        self,
+        embedded: Float[Tensor, "B T D"],
+        positions: Int[Tensor, "3 B T"],
+        mask: Tensor | None,
+        cache: Any = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Last hidden states. `mask` is [B, T] over columns, or [B, 1, T, S] over cached keys; None
+        is plain causal attention."""
+        out = self.model.model.language_model(
+            inputs_embeds=embedded,
+            position_ids=positions,
+            attention_mask=self._attention_mask(mask),
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return out.last_hidden_state
+
+    def logits(self, hidden: Float[Tensor, "B D"]) -> Float[Tensor, "B vocabulary"]:
+        """Next-token logits in float32 with reserved ids at minus infinity."""
+        return self.model.lm_head(hidden).float().index_fill(-1, self.banned, float("-inf"))
+
+    def score(self, batch: Batch, features: Float[Tensor, "V D"], temperature: float = 1.0) -> TokenScores:
+        hidden, where = self._hidden_states(batch, features)
+        row, column = batch.trained.nonzero(as_tuple=True)
+        logprobs, entropy = ops.token_scores(
+            hidden.flatten(0, 1)[where[row, batch.predictor[row, column]]],
+            self.model.lm_head.weight,
+            batch.ids[row, column],
+            banned=self.reserved_ids,
+            temperature=temperature,
+            chunk=self.chunk,
+        )
+        empty = torch.zeros(batch.ids.shape, device=logprobs.device, dtype=logprobs.dtype)
+        return TokenScores(
+            logprobs=empty.index_put((row, column), logprobs),
+            entropy=empty.index_put((row, column), entropy),
+        )
+
+    def _hidden_states(
+        self, batch: Batch, features: Float[Tensor, "V D"]
+    ) -> tuple[Float[Tensor, "N S D"], Int[Tensor, "B T"]]:
+        """Hidden states, and for each token of the batch its place in them, as n * S + s."""
+        if self.share_prefix and worth_packing(batch):
+            packed = pack(batch, self.pad_id)
+            embedded = self.embed(packed.ids, packed.visual, features)
+            return self.hidden(embedded, packed.positions, packed.mask), packed.where
+        # With padding on the right no token sees it, and causal attention needs no mask.
+        mask = None if bool(batch.attention[:, 0].all()) else batch.attention.long()
+        hidden = self.hidden(self.embed(batch.ids, batch.visual, features), batch.positions, mask)
+        return hidden, torch.arange(batch.ids.numel(), device=self.device).view(batch.ids.shape)
+
+    def _attention_mask(self, mask: Tensor | None) -> Tensor | None:
+        """A [N, 1, T, S] mask in the form that the model's attention implementation takes."""
+        if mask is None or mask.dim() != 4:
+            return mask
+        kind = self.model.config._attn_implementation
+        if kind == "sdpa":
+            return mask
+        if kind == "eager":
+            lowest = torch.finfo(self.model.dtype).min
+            return torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, lowest)
+        raise ValueError(
+            f"attention={kind!r} takes no mask of its own, which rollouts and shared prefixes need. "
+            "Load the policy with attention=sdpa (the default) or attention=eager."
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(
+            self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
+
+    def save(self, folder: Any) -> None:
+        """A folder that stock `from_pretrained` loads: weights, tokenizer, image processor."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)

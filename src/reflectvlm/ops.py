@@ -1,0 +1,145 @@
+"""Pure tensor functions under the losses: means with a visible denominator, KL estimators, and
+log-probs straight from hidden states.
+
+Nothing here knows a model, a device, a config or a log. Shapes: B rows, T tokens, K trained tokens,
+D width of the model, V vocabulary (here only; elsewhere V counts visual tokens).
+
+Left out: log-probs under tensor parallelism, where no rank holds a whole vocabulary row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+LOG_RATIO_LIMIT = 20.0
+"""Largest log-ratio that is exponentiated: e^20 is 4.9e8, far outside every clip range and far
+inside float32. Beyond it a ratio is constant and gives no gradient."""
+
+
+def masked_sum(values: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"]) -> Float[Tensor, ""]:
+    """Sum of `values` where `mask` holds.
+
+    What the mask leaves out may be anything, NaN and inf too: the sum does not see it. An empty mask
+    gives exactly 0 and keeps the gradient path.
+    """
+    return values.masked_fill(~mask, 0.0).sum()
+
+
+def masked_mean(
+    values: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"], denominator: float
+) -> Float[Tensor, ""]:
+    """`masked_sum / denominator`. The denominator is the caller's, a count over the whole update, so
+    that means of micro-batches add up. A count of 0 divides by 1: its sum is 0."""
+    return masked_sum(values, mask) / max(denominator, 1.0)
+
+
+def row_mean(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
+    """Mean of each row over its own masked entries; 0 for a row without any."""
+    return values.masked_fill(~mask, 0.0).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def log_ratio(numerator: Float[Tensor, "*S"], denominator: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+    """`log p - log q` of two log-probs, at least in float32 and not larger than `LOG_RATIO_LIMIT`, so
+    that its exponential is finite. There is no lower limit: exp(-1e4) is a harmless 0."""
+    dtype = torch.promote_types(numerator.dtype, torch.float32)
+    return (numerator.to(dtype) - denominator.to(dtype)).clamp(max=LOG_RATIO_LIMIT)
+
+
+def kl_k1(logprobs: Float[Tensor, "*S"], ref_logprobs: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+    """k1 = log p(x) - log q(x), p the policy, q the reference, x drawn from p.
+
+    As a *value*: unbiased for the reverse KL, KL(p || q), with a high variance; can be negative.
+    As a *loss*: useless, its gradient is E_p[grad log p] = 0 in expectation.
+    Source: J. Schulman, "Approximating KL divergence", 2020.
+    """
+    return logprobs - ref_logprobs
+
+
+def kl_k2(logprobs: Float[Tensor, "*S"], ref_logprobs: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+    """k2 = (log p(x) - log q(x))^2 / 2, p the policy, q the reference, x drawn from p.
+
+    As a *value*: biased for KL(p || q), low variance.
+    As a *loss*: its gradient is that of the reverse KL, KL(p || q), in expectation:
+    E_p[(log p - log q) grad log p].
+    Source: J. Schulman, "Approximating KL divergence", 2020.
+    """
+    return 0.5 * (logprobs - ref_logprobs).square()
+
+
+def kl_k3(logprobs: Float[Tensor, "*S"], ref_logprobs: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+    """k3 = q(x)/p(x) - 1 - log(q(x)/p(x)), p the policy, q the reference, x drawn from p.
+
+    As a *value*: unbiased for the reverse KL, KL(p || q), low variance, never negative.
+    As a *loss*, which is how GRPO (arXiv 2402.03300, eq. 4) uses it: its gradient is that of the
+    *other* KL, the forward one, KL(q || p), in expectation: E_p[(1 - q/p) grad log p] = -E_q[grad log p].
+    Source: J. Schulman, "Approximating KL divergence", 2020.
+    """
+    ratio = log_ratio(ref_logprobs, logprobs)
+    return torch.expm1(ratio) - ratio
+
+
+def token_scores(
+    hidden: Float[Tensor, "K D"],
+    weight: Float[Tensor, "V D"],
+    targets: Int[Tensor, " K"],
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    banned: Sequence[int] = (),
+    temperature: float = 1.0,
+    chunk: int = 1024,
+) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"]]:
+    """Log-prob of each target and entropy of its distribution, never holding [K, V] logits.
+
+        z_k = (weight hidden_k + bias) / temperature,   z_k[banned] = -inf
+        logprob_k = log_softmax(z_k)[target_k],   entropy_k = -sum_v p_kv log p_kv
+
+    Computed `chunk` tokens at a time; the backward pass computes each chunk again, so at most
+    [chunk, V] numbers of a kind exist at once. The softmax is in float32 (or wider) whatever the
+    inputs are, and so are both results. The entropy carries no gradient. A banned target has
+    log-prob -inf.
+    """
+    if not temperature > 0:
+        raise ValueError(
+            f"temperature is {temperature}. Log-probs need one above 0; for greedy sampling use 1."
+        )
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}. It counts tokens scored at once and must be at least 1.")
+    forbidden = torch.tensor(tuple(banned), dtype=torch.long, device=hidden.device)
+    logprobs, entropies = [], []
+    for start in range(0, max(len(hidden), 1), chunk):  # K = 0 takes one empty step: keeps the gradient path
+        rows = slice(start, start + chunk)
+        logprob, entropy = cast(
+            tuple[Tensor, Tensor],
+            checkpoint(
+                _score_chunk,
+                hidden[rows],
+                weight,
+                bias,
+                targets[rows],
+                forbidden,
+                temperature,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            ),
+        )
+        logprobs.append(logprob)
+        entropies.append(entropy)
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+def _score_chunk(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, banned: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    logits = F.linear(hidden, weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logprobs = logits.index_fill_(1, banned, float("-inf")).log_softmax(-1)
+    with torch.no_grad():
+        entropy = torch.special.entr(logprobs.exp()).sum(-1)  # entr(0) = 0, so a banned id adds nothing
+    return logprobs.gather(1, targets[:, None]).squeeze(1), entropy

@@ -1,0 +1,149 @@
+"""The interfaces. Each is a `Protocol` with one method wherever possible, so that a plain function
+or a small frozen dataclass satisfies it. Nothing is registered anywhere: a recipe names a class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from reflectvlm.batch import Batch, LossInputs, LossOutputs, TokenScores
+from reflectvlm.types import Instruction, Patches, Prompt, Rollout, Sample, SamplingParams, ScoredGroup, Spans
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """A group's rollouts -> one number each.
+
+    The whole group is seen because some rewards compare siblings; `rewards.per_rollout` lifts a
+    function of one rollout. A reward that cannot decide raises; it never returns NaN on purpose.
+    """
+
+    def __call__(self, group: Sequence[Rollout], /) -> Sequence[float]: ...
+
+
+@runtime_checkable
+class Advantage(Protocol):
+    """Rewards of one group -> advantages. Unscored rollouts get exactly 0 and move no baseline."""
+
+    def __call__(self, group: ScoredGroup, /) -> Float[Tensor, " G"]: ...
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """Log-probs and advantages -> loss and metrics.
+
+    The loss of a micro-batch is already divided by the *global* counts in `LossInputs`, so the sum
+    over micro-batches and ranks is the loss of the whole batch, however it was split.
+    """
+
+    def __call__(self, inputs: LossInputs, /) -> LossOutputs: ...
+
+
+@runtime_checkable
+class DecodeState(Protocol):
+    """What a `Reattention` may look at when its trigger has just been sampled in one row."""
+
+    @property
+    def prompt(self) -> Prompt: ...
+    @property
+    def sampled(self) -> Sequence[int]:
+        """Ids sampled so far, the trigger included."""
+        ...
+
+    @property
+    def inserted(self) -> Spans:
+        """Visual spans inserted so far."""
+        ...
+
+    def text(self) -> str:
+        """The answer so far, decoded with all tags."""
+        ...
+
+
+@runtime_checkable
+class Reattention(Protocol):
+    """When and with what a row looks at its image again.
+
+    `trigger` is the tag that asks for it, e.g. `"<REFLECTION>"`, or None for never. When a row has
+    just sampled it, the engine calls the object, and puts the returned spans *before* a trigger
+    that is one special token, or right *after* the last piece of a plain-text tag. `()` inserts
+    nothing.
+    """
+
+    @property
+    def trigger(self) -> str | None: ...
+
+    def __call__(self, state: DecodeState, /) -> Spans: ...
+
+
+@runtime_checkable
+class RolloutEngine(Protocol):
+    """Prompts -> a group of `n` rollouts each, in the order of the prompts.
+
+    `seed` decides every random choice together with the prompt's place and the rollout's number,
+    so the same call gives the same rollouts whatever else the machine did in between.
+    """
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        sampling: SamplingParams,
+        reattention: Reattention,
+        *,
+        seed: int,
+    ) -> list[tuple[Rollout, ...]]: ...
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """One per model family: the only place that knows chat formats, vocabularies and positions."""
+
+    @property
+    def module(self) -> nn.Module:
+        """What the optimiser trains and a checkpoint saves."""
+        ...
+
+    @property
+    def reserved_ids(self) -> tuple[int, ...]:
+        """Ids that must never be sampled, and have probability 0 in training: see docs/design.md."""
+        ...
+
+    def prompt(self, sample: Sample, instruction: Instruction) -> Prompt:
+        """Renders the chat and processes the images. Text of the sample is text, whatever special
+        token it spells."""
+        ...
+
+    def batch(self, sequences: Sequence[tuple[Prompt, Spans]]) -> Batch:
+        """Rows of prompt + answer spans -> one batch on the policy's device."""
+        ...
+
+    def features(self, images: Sequence[Patches]) -> Float[Tensor, "V D"]:
+        """Visual features of these images, one after another."""
+        ...
+
+    def score(self, batch: Batch, features: Float[Tensor, "V D"], temperature: float = 1.0) -> TokenScores:
+        """Log-prob and entropy of every trained token."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes a folder that stock `from_pretrained` loads."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text with every tag, special ones too: rewards must see special tags too."""
+        ...
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """Where metrics go. A tracker that raises is reported once and dropped; training goes on."""
+
+    def start(self, card: Mapping[str, Any]) -> None: ...
+    def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
+    def rollouts(self, step: int, groups: Sequence[ScoredGroup]) -> None: ...
+    def close(self) -> None: ...

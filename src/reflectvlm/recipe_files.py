@@ -1,0 +1,48 @@
+"""Where recipes are, and what there is. Reads files only, so that the list is quick to print."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from reflectvlm.recipe_check import RecipeError, nearest
+
+
+def recipes_folder() -> Path:
+    """`recipes/`: inside of an installed package, or at the top of a checkout."""
+    package = Path(str(resources.files("reflectvlm")))
+    inside, beside = package / "recipes", package.parent.parent / "recipes"
+    return inside if inside.is_dir() else beside
+
+
+def recipes() -> dict[str, str]:
+    """Name -> description, the first comment line. Files named `_….yaml` are shared parts, not recipes."""
+    files = sorted(file for file in recipes_folder().glob("*.yaml") if not file.name.startswith("_"))
+    return {file.stem: _first_comment(file) for file in files}
+
+
+def find_recipe(recipe: str) -> tuple[Path, str]:
+    """(folder, file name without .yaml) of a name, or of a path, which has a slash or ends in .yaml."""
+    if "/" not in recipe and not recipe.endswith((".yaml", ".yml")):
+        if recipe in recipes():
+            return recipes_folder(), recipe
+        near = nearest(recipe, recipes())
+        hint = f"Did you mean {near!r}? " if near else ""
+        raise RecipeError(
+            f"No recipe is called {recipe!r}. {hint}`reflectvlm recipes` lists them all; "
+            "your own file goes by its path, e.g. recipe=./mine.yaml."
+        )
+    path = Path(recipe).expanduser().absolute()
+    if path.suffix != ".yaml":
+        raise RecipeError(f"{recipe!r} does not end in .yaml. A recipe of your own is a .yaml file.")
+    if not path.is_file():
+        raise RecipeError(
+            f"No recipe file at {recipe!r}. Give a path that exists, or a name: {', '.join(recipes())}."
+        )
+    return path.parent, path.stem
+
+
+def _first_comment(file: Path) -> str:
+    with file.open(encoding="utf-8") as lines:
+        first = next(lines, "")
+    return first.lstrip("# ").strip() if first.startswith("#") else ""

@@ -1,0 +1,82 @@
+"""Accuracy: is the answer in the text the sample's gold answer? 1.0 or 0.0.
+
+`rule="strict"` grades the extracted answer by its kind. `rule="lookback"` is the lenient published
+evaluation of Look-Back (arXiv 2507.03019), to reproduce its scores. No model judges anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import ClassVar, Literal
+
+from reflectvlm.rewards import answers
+from reflectvlm.types import Rollout
+
+_CHOICES = {"kind": ("auto", "number", "choice", "text", "math"), "rule": ("strict", "lookback")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    r"""Example: `Accuracy()` reads the last `\boxed{}`, `Accuracy(answer_from="CONCLUSION")` a tag.
+
+    A text without an answer scores 0.0. A grader that had to be killed raises `RewardError`.
+    """
+
+    kind: Literal["auto", "number", "choice", "text", "math"] = "auto"
+    """auto decides by the gold answer, see `answers.kind_of`."""
+    rule: Literal["strict", "lookback"] = "strict"
+    answer_from: str = "boxed"
+    timeout: float = 10.0
+    """Seconds that math grading of one answer may take before its process is killed."""
+    rowwise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                near = get_close_matches(str(value), allowed, n=1, cutoff=0.0)[0]
+                raise ValueError(
+                    f"Accuracy.{name} is {value!r}, not one of {list(allowed)}. Did you mean {near!r}?"
+                )
+        if not self.timeout > 0:
+            raise ValueError(f"Accuracy.timeout is {self.timeout}. It must be a positive number of seconds.")
+        if not self.answer_from or not self.answer_from.replace("-", "_").isidentifier():
+            raise ValueError(
+                f"Accuracy.answer_from is {self.answer_from!r}. Write 'boxed' or a tag name without brackets."
+            )
+        if self.rule == "lookback":
+            if self.answer_from != "boxed" or self.kind != "auto":
+                raise ValueError(
+                    f"Accuracy(rule='lookback') has kind={self.kind!r} and answer_from={self.answer_from!r}. "
+                    "The published rule reads the box and knows no kinds: leave both out."
+                )
+            answers.require_mathruler()
+
+    def __call__(self, group: Sequence[Rollout], /) -> list[float]:
+        return [float(self.is_right(r.text, r.prompt.sample.answer, r.prompt.sample.id)) for r in group]
+
+    def is_right(self, text: str, gold: str, sample_id: str = "?") -> bool:
+        """The same decision for a plain text: evaluation uses it too, so the two cannot disagree."""
+        if not gold.strip():
+            raise ValueError(
+                f"Sample {sample_id!r} has an empty gold answer, so nothing can be right. "
+                "Give it an answer or drop the row."
+            )
+        if self.rule == "lookback":
+            return answers.grade_lookback(gold, text, self.timeout)
+        boxed = self.answer_from == "boxed"
+        answer = answers.extract_boxed(text) if boxed else answers.extract_tag(text, self.answer_from)
+        return bool(answer) and self._grade(gold, str(answer))
+
+    def _grade(self, gold: str, answer: str) -> bool:
+        if answer.strip() == gold.strip():
+            return True  # whatever the kind: a gold answer that its grader cannot read still equals itself
+        kind = answers.kind_of(gold) if self.kind == "auto" else self.kind
+        if kind == "math":
+            return answers.grade_math(gold, answer, self.timeout)
+        grade = {"number": answers.grade_number, "choice": answers.grade_choice, "text": answers.grade_text}[
+            kind
+        ]
+        return grade(gold, answer)

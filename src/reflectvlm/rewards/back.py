@@ -1,0 +1,52 @@
+"""The reward of Look-Back's second stage (arXiv 2507.03019): accuracy and a format that demands `<back>`.
+
+    R = (1 - w) * accuracy + w * format,    w = 0.1
+
+The paper gives the two terms, not the weight; 0.1 is EasyR1's default, on which it was built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from reflectvlm.protocols import Reward
+from reflectvlm.rewards.accuracy import Accuracy
+from reflectvlm.rewards.layout import TagFormat
+from reflectvlm.rewards.rubric import Rubric
+from reflectvlm.tags import Layout
+from reflectvlm.types import Rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackReward:
+    """R as one number. Recipes use `look_back_rubric`, which logs the two parts."""
+
+    layout: Layout
+    w: float = 0.1
+    accuracy: Reward = field(default_factory=Accuracy)
+    rowwise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_weight("BackReward", self.w)
+
+    def __call__(self, group: Sequence[Rollout], /) -> list[float]:
+        accuracy, layout = self.accuracy(group), TagFormat(layout=self.layout)(group)
+        return [(1 - self.w) * a + self.w * f for a, f in zip(accuracy, layout, strict=True)]
+
+
+def look_back_rubric(layout: Layout, w: float = 0.1, accuracy: Reward | None = None) -> Rubric:
+    """R as a rubric with the parts `accuracy` (weight 1 - w) and `format` (weight w)."""
+    _check_weight("look_back_rubric", w)
+    return Rubric(
+        rewards={"accuracy": accuracy or Accuracy(), "format": TagFormat(layout=layout)},
+        weights={"accuracy": 1 - w, "format": w},
+    )
+
+
+def _check_weight(owner: str, w: float) -> None:
+    if not 0 <= w <= 1:
+        raise ValueError(
+            f"{owner} has w={w}. The weight of the format must be in [0, 1]; accuracy gets 1 - w."
+        )

@@ -1,0 +1,194 @@
+"""The program inside an isolated worker process: reads a request, calls a function, replies.
+
+Started by `isolation.Worker` as a script of its own, so it may import nothing but the standard
+library: no torch, no package of ours, and not the parent's main script.
+
+A message is 8 bytes of length and a body. A request is two messages, a JSON head and the pickled
+keyword arguments. The reply is two JSON messages: the function is loaded; its result. Replies
+are JSON, so nothing that a user's function returns is ever unpickled in the trainer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import pickle
+import select
+import struct
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_IDLE_CHECK_MS = 2000
+_GRACE_SECONDS = 2.0
+
+
+def load(target: str) -> Callable[..., Any]:
+    """`path/to/file.py:function`, `package.module:function` or `package.module.function`."""
+    place, colon, name = target.rpartition(":")
+    if not colon:
+        place, _, name = target.rpartition(".")
+    found: Any = _module_from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    for part in name.split("."):
+        found = getattr(found, part)
+    if not callable(found):
+        raise TypeError(f"{target} is a {type(found).__name__}, not a function")
+    return found
+
+
+def describe(function: Callable[..., Any]) -> dict[str, Any]:
+    """Which keyword arguments a function takes: `{"required": [...], "optional": [...], "any": bool}`."""
+    kinds = inspect.Parameter
+    named = [
+        parameter
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY, kinds.POSITIONAL_ONLY)
+    ]
+    every = inspect.signature(function).parameters.values()
+    return {
+        "required": [parameter.name for parameter in named if parameter.default is kinds.empty],
+        "optional": [parameter.name for parameter in named if parameter.default is not kinds.empty],
+        "any": any(parameter.kind is kinds.VAR_KEYWORD for parameter in every),
+    }
+
+
+def call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """Calls a plain or an async function and waits for its value."""
+    value = function(**arguments)
+    if inspect.isawaitable(value):
+
+        async def wait() -> Any:
+            return await value
+
+        return asyncio.run(wait())
+    return value
+
+
+def _module_from_file(path: Path) -> Any:
+    name = f"_reflectvlm_reward_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # a file may import its neighbours, as when run by itself
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up here
+    spec.loader.exec_module(module)
+    return module
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and tensors -> numbers, without importing their libraries."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _read(fd: int, count: int) -> bytes:
+    data = bytearray()
+    while len(data) < count:
+        piece = os.read(fd, min(count - len(data), 1 << 20))
+        if not piece:
+            os._exit(0)  # the parent is gone
+        data += piece
+    return bytes(data)
+
+
+def _receive(fd: int) -> bytes:
+    return _read(fd, struct.unpack("!Q", _read(fd, 8))[0])
+
+
+def _send(fd: int, owner: int, reply: dict[str, Any]) -> None:
+    if os.getpid() != owner:
+        os._exit(0)  # a reward forked and let the copy come back here: it must not answer too
+    body = json.dumps(reply).encode()
+    data = memoryview(struct.pack("!Q", len(body)) + body)
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    reason = "".join(traceback.format_exception_only(error)).strip()
+    return {"error": reason, "traceback": "".join(traceback.format_exception(error))[-4000:]}
+
+
+def _answer(
+    head: dict[str, Any],
+    body: bytes,
+    loaded: dict[str, Callable[..., Any]],
+    send: Callable[[dict[str, Any]], None],
+    end_after: Callable[[float], None],
+) -> None:
+    target = head["target"]
+    end_after(head["load"])
+    # Boundary: whatever a user's file does, sys.exit included, is told to the parent as a reason.
+    try:
+        if target not in loaded:
+            loaded[target] = load(target)
+        described = describe(loaded[target])
+    except BaseException as error:  # noqa: BLE001
+        send(_failure(error))
+        return
+    send(described)
+    end_after(head["seconds"])
+    try:
+        reply = {"value": _plain(call(loaded[target], pickle.loads(body))) if head["call"] else None}
+        json.dumps(reply)
+    except BaseException as error:  # noqa: BLE001
+        reply = _failure(error)
+    send(reply)
+
+
+def _wait_for_request(fd: int, parent: int) -> None:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    while not poll.poll(_IDLE_CHECK_MS):
+        # A process forked from the parent may hold our pipe open, so its end alone is no proof.
+        if os.getppid() != parent:
+            os._exit(0)
+
+
+def _limit_memory(gib: float) -> None:
+    import resource
+
+    size = int(gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+
+def main() -> None:
+    owner, parent = os.getpid(), os.getppid()
+    requests, replies = os.dup(0), os.dup(1)  # not inheritable: programs a reward starts get neither
+    black_hole = os.open(os.devnull, os.O_RDWR)
+    os.dup2(black_hole, 0)
+    os.dup2(2, 1)  # what a reward prints goes to stderr and never between the replies
+    start = json.loads(_receive(requests))
+    sys.path[:] = start["sys_path"]
+    if start["memory_gib"]:
+        _limit_memory(start["memory_gib"])
+
+    def send(reply: dict[str, Any]) -> None:
+        _send(replies, owner, reply)
+
+    def end_after(seconds: float) -> None:
+        # A C thread that needs no interpreter lock ends us if the parent died while a call hangs.
+        faulthandler.dump_traceback_later(seconds + _GRACE_SECONDS, exit=True, file=black_hole)
+
+    loaded: dict[str, Callable[..., Any]] = {}
+    while True:
+        _wait_for_request(requests, parent)
+        head, body = json.loads(_receive(requests)), _receive(requests)
+        _answer(head, body, loaded, send, end_after)
+        faulthandler.cancel_dump_traceback_later()
+
+
+if __name__ == "__main__":
+    main()

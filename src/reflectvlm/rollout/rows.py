@@ -1,0 +1,55 @@
+"""What the engine remembers of the rows it is decoding: one entry per live row."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reflectvlm.types import Spans
+
+
+@dataclass(kw_only=True)
+class Rows:
+    """R live rows; row r uses row r of the cache. M is the token budget."""
+
+    job: Int[Tensor, " R"]
+    """Which rollout this is: prompt number * group size + rollout number."""
+    hidden: Float[Tensor, "R D"]
+    """Hidden state that predicts the row's next token."""
+    position: Int[Tensor, " R"]
+    """Position of the row's next text token."""
+    count: Int[Tensor, " R"]
+    """Tokens sampled so far."""
+    uniform: Float[Tensor, "R M"]
+    ids: Int[Tensor, "R M"]
+    logprobs: Float[Tensor, "R M"]
+
+    def __len__(self) -> int:
+        return len(self.job)
+
+    def keep(self, rows: Int[Tensor, " R"]) -> Rows:
+        return Rows(**{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
+
+    def __add__(self, other: Rows) -> Rows:
+        names = [f.name for f in dataclasses.fields(self)]
+        return Rows(**{name: torch.cat([getattr(self, name), getattr(other, name)]) for name in names})
+
+    def record(self, ids: Int[Tensor, " R"], logprobs: Float[Tensor, " R"]) -> None:
+        """Appends one sampled token to every row."""
+        where = self.count[:, None]
+        self.ids.scatter_(1, where, ids[:, None])
+        self.logprobs.scatter_(1, where, logprobs[:, None])
+        self.count += 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Insertion:
+    """A block that went into a row."""
+
+    offset: int
+    """Sampled tokens that stand before it."""
+    spans: Spans

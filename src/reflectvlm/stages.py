@@ -1,0 +1,103 @@
+"""What a recipe starts from: the identity of a cold start, and the folder its model is kept in.
+
+A stage is named by a hash of everything that decides its result: the composed recipe, this package's
+version and the weights it starts from. What changes no result (`output`, `evaluation`, `test`, the
+run's name) is left out. Left out as well: changes of the code within one version; delete the folder
+to make the stage anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from reflectvlm.recipe_check import RecipeError
+
+VARIABLE = "REFLECTVLM_CACHE"
+_CHANGES_NO_RESULT = ("output", "evaluation", "test", "name")
+
+
+class StageStopped(RuntimeError):
+    """A signal stopped the stage before its end; nothing of the run itself has begun."""
+
+    def __init__(self, what: str, exit_code: int) -> None:
+        super().__init__(what)
+        self.exit_code = exit_code
+
+
+def stage_name(recipe: str, values: Mapping[str, Any]) -> str:
+    """`<recipe>-<hash16>` of a composed recipe."""
+    from reflectvlm import __version__
+
+    kept: dict[str, Any] = {name: value for name, value in values.items() if name not in _CHANGES_NO_RESULT}
+    start = values.get("policy") or {}
+    weights = weights_digest(start.get("path"))
+    if weights:  # the same weights in another folder are the same start
+        kept["policy"] = {**start, "path": weights}
+    text = json.dumps([kept, __version__], sort_keys=True, default=str)
+    return f"{Path(recipe).stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def weights_digest(path: Any) -> str | None:
+    """sha256 over a local model's safetensors files; None for a hub name or no path at all."""
+    from reflectvlm.models.tiny import pretrained_tiny
+
+    if not isinstance(path, str):
+        return None
+    folder = pretrained_tiny() if path == "tiny" else Path(path)
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def stages_folder() -> Path:
+    """Where stages are kept: `$REFLECTVLM_CACHE/stages`, else `~/.cache/reflectvlm/stages`."""
+    given = os.environ.get(VARIABLE)
+    try:
+        root = Path(given).expanduser() if given else Path.home() / ".cache" / "reflectvlm"
+    except RuntimeError as error:
+        raise RecipeError(
+            f"There is no home folder to keep cold starts in. Set {VARIABLE} to a folder."
+        ) from error
+    folder = root / "stages"
+    problem = _problem(folder)
+    if problem:
+        said = f"{VARIABLE} is {given!r}, but" if given else "Cold starts are kept in"
+        raise RecipeError(
+            f"{said} {folder} cannot be written: {problem}. Set {VARIABLE} to a folder that can, "
+            "or give start_from=null and a policy.path of your own."
+        )
+    return folder.absolute()
+
+
+def finished_model(folder: Path) -> Path | None:
+    """The model of a stage that ran to its end; its summary is written last."""
+    if not (folder / "summary.json").is_file():
+        return None
+    if not any((folder / "model").glob("*.safetensors")):
+        raise RecipeError(
+            f"{folder} is a finished cold start without a model. Delete the folder to make it anew."
+        )
+    return folder / "model"
+
+
+def _problem(folder: Path) -> str | None:
+    """Why no file can be made in `folder`; None if one can."""
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None

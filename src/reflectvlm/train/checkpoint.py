@@ -1,0 +1,487 @@
+"""Checkpoints that a kill, a full disk or a flipped bit cannot turn into a wrong resume.
+
+A checkpoint is a folder `step-000123` of safetensors files, `state.json` and plain copies. It is
+written to `.tmp-…` beside its place, every file is flushed to the disk, `manifest.json` (size and
+sha256 of every file, and a checksum of itself) comes last, and one rename makes it visible. Whether
+a folder is a checkpoint is decided by its manifest, never by its number.
+
+Nothing is pickled, so loading runs no code. Left out: sharded files of several ranks (the caller
+gathers first) and saving in the background.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+JSON: TypeAlias = Any
+"""What `json` can write: None, bool, int, float, str, and lists and string-keyed dicts of them."""
+
+FORMAT_VERSION = 1
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Checkpoint:
+    """What `CheckpointStore.load` gives back.
+
+    Example: `Checkpoint(step=12, tensors={"model": {...}, "optimizer": {...}}, state={"epoch": 1},
+    path=Path("runs/a/checkpoints/step-000012"))`
+    """
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, JSON]
+    path: Path
+    """Its folder; `copies` given to `save` lie in it under their names."""
+
+
+@dataclass(frozen=True)
+class CheckpointStore:
+    """The checkpoints of one run. One process writes; any number may read."""
+
+    folder: Path
+    keep: int = 2
+    """Newest valid checkpoints that stay; older ones go after the next one is safe."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
+        if self.keep < 1:
+            raise ValueError(f"CheckpointStore.keep is {self.keep}. It must be at least 1.")
+
+    def save(
+        self,
+        step: int,
+        *,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, JSON],
+        copies: Mapping[str, Path] | None = None,
+    ) -> Path:
+        """Write checkpoint `step` whole or not at all and return its folder.
+
+        `tensors`: one file `<name>.safetensors` each. `copies`: name in the checkpoint -> a file or
+        folder to copy in. `OSError` if it cannot be written; earlier checkpoints are then intact.
+        """
+        copies = copies or {}
+        _check(step, tensors, copies)
+        text = _json_text(state)
+        final = self.folder / f"step-{step:06d}"
+        temporary = self.folder / f".tmp-{final.name}-{os.getpid()}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for stale in self.folder.glob(".tmp-*"):
+                _remove(stale)
+            temporary.mkdir()
+            _fill(temporary, step, tensors, text, copies)
+            _put_aside(final)
+            _rename(temporary, final)
+            _fsync(self.folder)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"Checkpoint of step {step} could not be written to {self.folder}: "
+                f"{error.strerror or error}. Free space or fix the folder's permissions; "
+                "earlier checkpoints there are intact.",
+            ) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self._prune(final)
+        return final
+
+    def latest(self) -> Path | None:
+        """The valid checkpoint with the highest step, or None. Every byte is compared with its
+        manifest; each folder that differs is skipped with a warning that says where."""
+        for path in self._candidates():
+            try:
+                _verify(path)
+            except _Invalid as reason:
+                logger.warning("Checkpoint %s is skipped: %s", path, reason)
+            else:
+                return path
+        return None
+
+    def load(self, path: Path, *, verify: bool = True) -> Checkpoint:
+        """Read one checkpoint, tensors on the CPU. `verify=False` compares sizes only: enough for
+        a path that `latest` has just returned."""
+        path = Path(path)
+        try:
+            manifest = _verify(path, content=verify)
+        except _Invalid as reason:
+            raise ValueError(
+                f"{path} is no valid checkpoint: {reason}. Choose another step, or resume=auto for the "
+                "newest valid one."
+            ) from None
+        tensors = {name: load_file(path / f"{name}.safetensors") for name in manifest["tensors"]}
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return Checkpoint(step=manifest["step"], tensors=tensors, state=state, path=path)
+
+    def truncate_after(self, step: int) -> None:
+        """Drop all checkpoints with a step above `step`. Call it when a run is taken up again from
+        an earlier checkpoint than the newest: a later resume must not mix two histories."""
+        for path in self._candidates():
+            if _step_of(path) > step:
+                _delete(path)
+
+    def _candidates(self) -> list[Path]:
+        """Folders that may be checkpoints, newest first. One put aside counts only if nothing stands
+        in its place: a kill may have come between the two renames of a step saved twice."""
+        found = [path for path in self.folder.glob("step-*") if path.is_dir() and _step_of(path) >= 0]
+        names = {path.name for path in found}
+        aside = [p for p in self.folder.glob(".old-step-*") if p.is_dir() and p.name[5:] not in names]
+        return sorted([*found, *aside], key=_step_of, reverse=True)
+
+    def _prune(self, newest: Path) -> None:
+        """Delete what `keep` does not cover. `newest` stays whatever its number. A folder counts as
+        valid here by its manifest and sizes; hashing everything at every save would cost minutes."""
+        try:
+            for leftover in self.folder.glob(".old-step-*"):
+                _remove(leftover)
+            kept = 1
+            for path in self._candidates():
+                if path == newest or not _looks_valid(path):
+                    continue
+                kept += 1
+                if kept > self.keep:
+                    _delete(path)
+        except OSError as error:
+            logger.warning("Old checkpoints in %s could not be deleted: %s", self.folder, error)
+
+
+# ---------------------------------------------------------------------------------------------
+# Any nested state as tensors + JSON.
+
+
+class Packed(NamedTuple):
+    """A nested Python value taken apart: its tensors by path, and JSON with the rest."""
+
+    tensors: dict[str, Tensor]
+    json: JSON
+
+
+def pack(value: Any) -> Packed:
+    """Take a nest of dicts, lists, tuples, numbers, strings and tensors apart. `unpack` undoes it
+    exactly: tuples stay tuples, int keys stay ints, dtypes stay."""
+    tensors: dict[str, Tensor] = {}
+    return Packed(tensors, _encode(value, "", tensors))
+
+
+def unpack(tensors: Mapping[str, Tensor], packed: JSON) -> Any:
+    """The value that `pack` took apart."""
+    if not isinstance(packed, dict):
+        return packed
+    ((kind, body),) = packed.items()
+    if kind == "tensor":
+        return tensors[body]
+    if kind == "dict":
+        return {unpack(tensors, key): unpack(tensors, item) for key, item in body}
+    items = [unpack(tensors, item) for item in body]
+    return tuple(items) if kind == "tuple" else items
+
+
+def optimizer_to_tensors(state_dict: Mapping[str, Any]) -> Packed:
+    """An optimiser's (or schedule's) `state_dict()` without pickle; exact for AdamW."""
+    return pack(dict(state_dict))
+
+
+def optimizer_from_tensors(tensors: Mapping[str, Tensor], packed: JSON) -> dict[str, Any]:
+    """What to give to `optimizer.load_state_dict`."""
+    state: dict[str, Any] = unpack(tensors, packed)
+    return state
+
+
+def rng_state() -> Packed:
+    """The global random states of python, numpy, torch and every CUDA device."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return pack(
+        {
+            "python": random.getstate(),
+            "numpy": (str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+    )
+
+
+def set_rng_state(tensors: Mapping[str, Tensor], packed: JSON) -> None:
+    """Put the states of `rng_state` back."""
+    state = unpack(tensors, packed)
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if devices != len(state["cuda"]):
+        logger.warning(
+            "The checkpoint holds random states of %d CUDA devices, this machine has %d: what is drawn "
+            "on a GPU will differ from the interrupted run.",
+            len(state["cuda"]),
+            devices,
+        )
+    for device, one in enumerate(state["cuda"][:devices]):
+        torch.cuda.set_rng_state(one.cpu(), device)
+
+
+def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> JSON:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        name = path or "value"
+        while name in tensors:  # the keys 1 and "1" read the same
+            name += "'"
+        tensors[name] = value.detach()
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {
+            "dict": [
+                [_encode(key, f"{path}/{key}?", tensors), _encode(item, f"{path}/{key}".lstrip("/"), tensors)]
+                for key, item in value.items()
+            ]
+        }
+    if isinstance(value, list | tuple):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        items = [_encode(item, f"{path}/{i}".lstrip("/"), tensors) for i, item in enumerate(value)]
+        return {kind: items}
+    raise ValueError(
+        f"{path or 'The value'} is a {type(value).__name__}, which a checkpoint cannot hold. "
+        "Convert it to numbers, strings, lists, dicts or tensors."
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing. Everything that touches the disk passes through the functions at the end of the file.
+
+
+def _check(step: int, tensors: Mapping[str, Any], copies: Mapping[str, Path]) -> None:
+    if step < 0:
+        raise ValueError(f"Checkpoint step is {step}. It must be 0 or more.")
+    names = [*(f"{name}.safetensors" for name in tensors), *copies, "state.json", "manifest.json"]
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+            raise ValueError(
+                f"Checkpoint part {name!r} is no plain file name. Use letters, digits, _, - and dots."
+            )
+        if names.count(name) > 1:
+            raise ValueError(f"Checkpoint part {name!r} occurs twice. Give every part its own name.")
+
+
+def _json_text(state: Mapping[str, JSON]) -> str:
+    for key, value in state.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"Checkpoint state[{key!r}] is not JSON: {error}. Put tensors under `tensors`; "
+                "`pack` takes other nests apart."
+            ) from None
+    return json.dumps(dict(state))
+
+
+def _fill(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: str,
+    copies: Mapping[str, Path],
+) -> None:
+    """Write all files, flush each, and the manifest last."""
+    for name, values in tensors.items():
+        ready = _own_memory(values)
+        _write(folder / f"{name}.safetensors", partial(save_file, ready))
+    _write(folder / "state.json", partial(_write_text, state))
+    for name, source in copies.items():
+        for origin, relative in _files_of(Path(source), name):
+            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+            _write(folder / relative, partial(_copy, origin))
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    described = {}
+    for path in files:
+        _fsync(path)
+        described[path.relative_to(folder).as_posix()] = {
+            "size": path.stat().st_size,
+            "sha256": _sha256(path),
+        }
+    for directory in sorted(path for path in folder.rglob("*") if path.is_dir()):
+        _fsync(directory)
+    body = {"format": FORMAT_VERSION, "step": step, "tensors": list(tensors), "files": described}
+    manifest = _canonical({**body, "checksum": _checksum(body)})
+    _write(folder / "manifest.json", partial(_write_text, manifest))
+    _fsync(folder / "manifest.json")
+    _fsync(folder)
+
+
+def _own_memory(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors of which no two share memory, as the file format wants; copied only
+    where they do share, e.g. tied embeddings."""
+    seen: set[int] = set()
+    ready = {}
+    for name, tensor in values.items():
+        tensor = tensor.detach().cpu().contiguous()
+        address = tensor.untyped_storage().data_ptr()
+        if address in seen:
+            tensor = tensor.clone()
+            address = tensor.untyped_storage().data_ptr()
+        seen.add(address)
+        ready[name] = tensor
+    return ready
+
+
+def _files_of(source: Path, name: str) -> Iterator[tuple[Path, Path]]:
+    if source.is_file():
+        yield source, Path(name)
+    elif source.is_dir():
+        for path in sorted(p for p in source.rglob("*") if p.is_file()):
+            yield path, name / path.relative_to(source)
+    else:
+        raise FileNotFoundError(
+            errno.ENOENT, f"{source}, which should be copied in as {name!r}, does not exist"
+        )
+
+
+def _put_aside(path: Path) -> Path | None:
+    """Move a checkpoint out of the way under a name that `latest` still knows."""
+    if not path.exists():
+        return None
+    aside = path.with_name(f".old-{path.name.removeprefix('.old-')}")
+    if path != aside:
+        if aside.exists():
+            _remove(aside)
+        _rename(path, aside)
+    return aside
+
+
+def _delete(path: Path) -> None:
+    """Rename, then remove: no half-deleted folder ever carries a checkpoint's name."""
+    aside = _put_aside(path)
+    if aside is not None:
+        _remove(aside)
+
+
+# ---------------------------------------------------------------------------------------------
+# Checking.
+
+
+class _Invalid(Exception):
+    """Why a folder is no checkpoint."""
+
+
+def _verify(path: Path, *, content: bool = True) -> dict[str, Any]:
+    """The manifest of a valid checkpoint; `_Invalid` names the first file that differs."""
+    manifest = _manifest(path)
+    for name, expected in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise _Invalid(f"{name} is missing")
+        if (size := file.stat().st_size) != expected["size"]:
+            raise _Invalid(f"{name} has {size} bytes, its manifest says {expected['size']}")
+        if content and _sha256(file) != expected["sha256"]:
+            raise _Invalid(f"{name} has another sha256 than its manifest says")
+    return manifest
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        body = {key: value for key, value in manifest.items() if key != "checksum"}
+        intact = manifest["checksum"] == _checksum(body)
+    except OSError:
+        raise _Invalid("manifest.json is missing") from None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise _Invalid("manifest.json is damaged") from None
+    if not intact:
+        raise _Invalid("manifest.json is damaged")
+    if manifest["format"] > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has checkpoint format {manifest['format']}; this version of reflectvlm reads up to "
+            f"{FORMAT_VERSION}. Update reflectvlm to read it."
+        )
+    if manifest["step"] != _step_of(path):
+        raise _Invalid(f"manifest.json is that of step {manifest['step']}")
+    return dict(manifest)
+
+
+def _looks_valid(path: Path) -> bool:
+    try:
+        _verify(path, content=False)
+    except (_Invalid, ValueError):
+        return False
+    return True
+
+
+def _step_of(path: Path) -> int:
+    """The number in a folder's name, or -1."""
+    found = re.fullmatch(r"(?:\.old-)?step-(\d+)", path.name)
+    return int(found[1]) if found else -1
+
+
+def _canonical(value: JSON) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def _checksum(body: JSON) -> str:
+    return hashlib.sha256(_canonical(body).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------
+# The disk.
+
+
+def _write(path: Path, write: Callable[[Path], None]) -> None:
+    try:
+        write(path)
+    except SafetensorError as error:
+        # The writer below safetensors reports the system's error only inside its text.
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network file systems cannot flush a folder; for a file it is a real failure.
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def _rename(source: Path, target: Path) -> None:
+    os.rename(source, target)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path)

@@ -1,0 +1,34 @@
+"""Writing a batch to disk for inspection."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from reflectvlm.batch import Batch
+
+
+def dump_batch(folder: Path, batch: Batch, reason: str) -> Path:
+    """Tensors as `batch.safetensors`, counts and the reason as `batch.json`. Returns the folder."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in fields.items() if isinstance(value, Tensor)
+    }
+    tensors |= {
+        f"image.{i}": image.pixels.detach().cpu().contiguous() for i, image in enumerate(batch.images)
+    }
+    save_file(tensors, folder / "batch.safetensors")
+    about = {
+        "reason": reason,
+        "num_tokens": batch.num_tokens,
+        "num_sequences": batch.num_sequences,
+        "grids": [list(image.grid) for image in batch.images],
+    }
+    (folder / "batch.json").write_text(json.dumps(about, indent=1))
+    return folder

@@ -1,0 +1,67 @@
+"""Held-out evaluation: greedy answers, scored by the run's own rewards, so that training and
+evaluation cannot disagree about what is right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from reflectvlm.protocols import Policy, Reattention, RolloutEngine
+from reflectvlm.rewards.rubric import Rubric
+from reflectvlm.types import Instruction, Sample, SamplingParams, ScoredGroup
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluation:
+    """Rows that no training step sees.
+
+    Example: `Evaluation(data=Digits(split="test", size=400))`
+    """
+
+    data: Sequence[Sample]
+    max_tokens: int = 512
+    tag: str = "<back>"
+    """Whose rate is reported."""
+
+    def __call__(
+        self,
+        policy: Policy,
+        engine: RolloutEngine,
+        rubric: Rubric,
+        instruction: Instruction,
+        reattention: Reattention,
+    ) -> tuple[dict[str, float], list[ScoredGroup]]:
+        prompts = [policy.prompt(self.data[i], instruction) for i in range(len(self.data))]
+        sampling = SamplingParams(max_tokens=self.max_tokens, temperature=0.0)
+        groups = [rubric(group) for group in engine.generate(prompts, 1, sampling, reattention, seed=0)]
+        return summarize(groups, self.tag), groups
+
+
+def summarize(groups: Sequence[ScoredGroup], tag: str) -> dict[str, float]:
+    """Means over rollouts: reward and its parts, rate of the tag, lengths, how they ended."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    scored = [keep for group in groups for keep in group.scored]
+    rewards = [reward for group in groups for reward in group.rewards]
+    lengths = np.array([len(rollout.sampled_ids) for rollout in rollouts])
+    values: dict[str, float] = {
+        "reward": _mean([reward for reward, keep in zip(rewards, scored, strict=True) if keep]),
+        "back_rate": _mean([tag in rollout.text for rollout in rollouts]),
+        "length/mean": float(lengths.mean()),
+        "length/max": float(lengths.max()),
+        "truncated": _mean([rollout.stop == "length" for rollout in rollouts]),
+        "unscored": 1.0 - _mean(scored),
+    }
+    for name in groups[0].parts:
+        part = [value for group in groups for value in group.parts[name]]
+        values[f"reward/{name}"] = _mean([value for value in part if np.isfinite(value)])
+    for name, key in (("accuracy", "accuracy"), ("format", "layout_rate")):
+        if f"reward/{name}" in values:
+            values[key] = values[f"reward/{name}"]
+    return values
+
+
+def _mean(values: Sequence[float | bool]) -> float:
+    """Mean; 0 for nothing."""
+    return float(np.mean(values)) if len(values) else 0.0

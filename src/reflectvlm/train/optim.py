@@ -1,0 +1,57 @@
+"""The optimiser and its learning rate, as settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """AdamW (arXiv 1711.05101) with warm-up and a schedule. Frozen parameters never enter it."""
+
+    lr: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    warmup: float = 0.0
+    """Share of all steps over which the rate rises linearly from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    final: float = 0.0
+    """Where linear and cosine end, as a share of `lr`."""
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("constant", "linear", "cosine"):
+            raise ValueError(f"AdamW.schedule is {self.schedule!r}. It must be constant, linear or cosine.")
+        for name in ("lr", "eps", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"AdamW.{name} is {getattr(self, name)}. It must be positive.")
+        for name in ("warmup", "final"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"AdamW.{name} is {getattr(self, name)}. It is a share, from 0 to 1.")
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        return torch.optim.AdamW(
+            trained, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
+        )
+
+    def rate(self, step: int, total: int) -> float:
+        """Learning rate of step `step` of `total`, counted from 0."""
+        warm = math.ceil(self.warmup * total)
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        done = (step - warm) / max(1, total - warm)
+        match self.schedule:
+            case "constant":
+                return self.lr
+            case "linear":
+                return self.lr * (1 - (1 - self.final) * done)
+            case _:
+                return self.lr * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done)))

@@ -1,0 +1,282 @@
+"""Reinforcement learning with a group baseline. One step, top to bottom:
+
+Sample -> Prompt -> Rollout x G -> ScoredGroup -> Batch -> loss -> one or several updates
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from reflectvlm.advantages import GroupMean
+from reflectvlm.batch import Batch
+from reflectvlm.models.qwen_vl import QwenVL
+from reflectvlm.objectives import ClippedSurrogate
+from reflectvlm.protocols import Advantage, Objective, Reattention, RolloutEngine
+from reflectvlm.reattention import Implicit
+from reflectvlm.rewards.rubric import Rubric
+from reflectvlm.rollout.engine import InProcessEngine
+from reflectvlm.train.cursor import row_at
+from reflectvlm.train.evaluate import Evaluation, summarize
+from reflectvlm.train.loop import run_training
+from reflectvlm.train.optim import AdamW
+from reflectvlm.train.run import Metrics, Output, RunResult, StepResult
+from reflectvlm.train.runtime import Runtime
+from reflectvlm.train.update import Updater, score_without_grad
+from reflectvlm.types import Instruction, Prompt, Rollout, Sample, SamplingParams, ScoredGroup
+
+log = logging.getLogger("reflectvlm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicSampling:
+    """DAPO's dynamic sampling (arXiv 2503.14476, sec. 3.2): groups whose rewards are all equal teach
+    nothing, so further prompts are sampled in their place, up to `max_rounds` rounds a step."""
+
+    max_rounds: int = 3
+
+    def __post_init__(self) -> None:
+        if self.max_rounds < 1:
+            raise ValueError(f"DynamicSampling.max_rounds is {self.max_rounds}. It must be at least 1.")
+
+
+@dataclass(kw_only=True, eq=False)
+class RLTrainer:
+    """A recipe is this constructor's call, written down.
+
+    Example:
+        RLTrainer(policy=load_policy("tiny"), data=Digits(), rubric=rubric, steps=10).run()
+    """
+
+    policy: QwenVL
+    data: Sequence[Sample]
+    rubric: Rubric
+    steps: int
+    instruction: Instruction = field(default_factory=Instruction)
+    reattention: Reattention = field(default_factory=Implicit)
+    engine: Callable[..., RolloutEngine] = InProcessEngine
+    """Makes the engine from the policy."""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    group_size: int = 8
+    """G, rollouts per prompt."""
+    prompts_per_step: int = 8
+    max_prompt_tokens: int = 2048
+    """Rows with a longer prompt are left out, by name; a prompt is never cut."""
+    advantage: Advantage = field(default_factory=GroupMean)
+    objective: Objective = field(default_factory=ClippedSurrogate)
+    updates_per_step: int = 1
+    """Optimiser steps on one set of rollouts, each on an equal share of its groups."""
+    epochs_per_step: int = 1
+    """How often those rollouts are gone through."""
+    dynamic_sampling: DynamicSampling | None = None
+    drop_truncated: bool = False
+    """DAPO's overlong filtering: rollouts cut by the token budget teach nothing."""
+    optimizer: AdamW = field(default_factory=AdamW)
+    micro_rows: int = 16
+    evaluation: Evaluation | None = None
+    """Validation rows, for the curve."""
+    test: Evaluation | None = None
+    """Test rows, for the table before and after."""
+    seed: int = 0
+    name: str = "rl"
+    variant: str = ""
+    """Which variant of the method this is; part of the run's name."""
+    output: Output = field(default_factory=Output)
+
+    position: int = field(default=0, init=False)
+    """Rows of the data taken so far."""
+    updates: int = field(default=0, init=False)
+    """Optimiser steps taken so far: the policy version of new rollouts."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "group_size",
+            "prompts_per_step",
+            "updates_per_step",
+            "epochs_per_step",
+            "micro_rows",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}. It must be at least 1.")
+        if self.prompts_per_step % self.updates_per_step:
+            raise ValueError(
+                f"updates_per_step={self.updates_per_step} does not divide prompts_per_step="
+                f"{self.prompts_per_step}. Each update takes an equal share of the groups."
+            )
+
+    # -- the step -------------------------------------------------------------------------------
+
+    def step(self, step: int) -> StepResult:
+        """One step of the loop; `step` counts from 0."""
+        started = time.perf_counter()
+        scored = self.sample_groups(step)
+        sampled = time.perf_counter()
+        useful = [group for group in scored if group.has_signal]
+        metrics = summarize(scored, self.tag) | {"useful_groups": len(useful) / len(scored)}
+        if useful:
+            metrics |= self.update(useful, step)
+        ended = time.perf_counter()
+        tokens = sum(len(r.sampled_ids) for group in scored for r in group.rollouts)
+        metrics |= {
+            "time/rollout": sampled - started,
+            "time/update": ended - sampled,
+            "time/step": ended - started,
+            "time/tokens_per_second": tokens / (ended - started),
+        }
+        return StepResult(metrics=metrics, groups=scored)
+
+    def sample_groups(self, step: int) -> list[ScoredGroup]:
+        """Prompts -> scored groups; with dynamic sampling until enough of them carry a signal."""
+        rounds = self.dynamic_sampling.max_rounds if self.dynamic_sampling else 1
+        kept: list[ScoredGroup] = []
+        for number in range(rounds):
+            prompts = self.next_prompts(self.prompts_per_step)
+            seed = _mixed(self.seed, step, number)
+            groups = self.rollouts(prompts, seed)
+            scored = [self.rubric(group) for group in groups]
+            if self.drop_truncated:
+                scored = [group.without_truncated() for group in scored]
+            kept += scored
+            useful = [group for group in kept if group.has_signal]
+            if len(useful) >= self.prompts_per_step:
+                return useful[: self.prompts_per_step]
+        # Groups with a signal first: if they are too few, the rest fills up and counts in the metrics.
+        return sorted(kept, key=lambda group: not group.has_signal)[: self.prompts_per_step]
+
+    def rollouts(self, prompts: Sequence[Prompt], seed: int) -> list[tuple[Rollout, ...]]:
+        groups = self.rollout_engine.generate(
+            prompts, self.group_size, self.sampling, self.reattention, seed=seed
+        )
+        return [tuple(dataclasses.replace(r, policy_version=self.updates) for r in group) for group in groups]
+
+    def next_prompts(self, count: int) -> list[Prompt]:
+        """The next rows as prompts. An over-long one is named and passed over."""
+        prompts: list[Prompt] = []
+        passed = 0
+        while len(prompts) < count:
+            sample = row_at(self.data, self.position, self.seed)
+            self.position += 1
+            prompt = self.policy.prompt(sample, self.instruction)
+            length = self.policy.prompt_length(prompt)
+            if length <= self.max_prompt_tokens:
+                prompts.append(prompt)
+                continue
+            passed += 1
+            log.warning(
+                "row %s left out: its prompt has %d tokens, max_prompt_tokens is %d",
+                sample.id, length, self.max_prompt_tokens,
+            )  # fmt: skip
+            if passed > max(1000, len(self.data)):
+                raise ValueError(
+                    f"No row fits max_prompt_tokens={self.max_prompt_tokens}; {passed} in a row were longer. "
+                    "Raise it, or lower policy.max_pixels."
+                )
+        return prompts
+
+    def batch(self, groups: Sequence[ScoredGroup]) -> Batch:
+        """Groups -> one batch. Unscored rollouts are left out: their advantage is 0."""
+        sequences, advantages = [], []
+        for group in groups:
+            for rollout, advantage, scored in zip(
+                group.rollouts, self.advantage(group).tolist(), group.scored, strict=True
+            ):
+                if scored:
+                    sequences.append((rollout.prompt, rollout.spans))
+                    advantages.append(advantage)
+        batch = self.policy.batch(sequences)
+        batch = dataclasses.replace(batch, advantages=torch.tensor(advantages, device=batch.ids.device))
+        counts = self.runtime.sum({"tokens": batch.num_tokens, "sequences": batch.num_sequences})
+        batch = dataclasses.replace(batch, num_tokens=counts["tokens"], num_sequences=counts["sequences"])
+        if self.reference is None:
+            return batch
+        temperature = self.sampling.logprob_temperature
+        return dataclasses.replace(
+            batch, ref_logprobs=score_without_grad(self.reference, batch, self.micro_rows, temperature)
+        )
+
+    def update(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
+        """All updates on one set of rollouts; metrics are those of the last one."""
+        lr = self.optimizer.rate(step, self.steps)
+        share = max(1, -(-len(groups) // self.updates_per_step))
+        batches = [self.batch(groups[start : start + share]) for start in range(0, len(groups), share)]
+        metrics: dict[str, float] = {}
+        for _ in range(self.epochs_per_step):
+            for batch in batches:
+                metrics = self.updater(batch, lr)
+                self.updates += 1
+        return metrics
+
+    # -- parts made once ------------------------------------------------------------------------
+
+    @functools.cached_property
+    def runtime(self) -> Runtime:
+        return Runtime()
+
+    @functools.cached_property
+    def rollout_engine(self) -> RolloutEngine:
+        self.policy.module.to(self.runtime.device)
+        return self.engine(policy=self.policy)
+
+    @functools.cached_property
+    def reference(self) -> QwenVL | None:
+        """The policy as it was at the start, if the objective has a KL term."""
+        if getattr(self.objective, "kl", None) is None:
+            return None
+        frozen = copy.deepcopy(self.policy.model).requires_grad_(False).eval()
+        return dataclasses.replace(self.policy, model=frozen)
+
+    @functools.cached_property
+    def updater(self) -> Updater:
+        return Updater(
+            policy=self.policy,
+            objective=self.objective,
+            optimizer=self.optimizer.build(self.policy.module.parameters()),
+            runtime=self.runtime,
+            micro_rows=self.micro_rows,
+            max_grad_norm=self.optimizer.max_grad_norm,
+            temperature=self.sampling.logprob_temperature,
+        )
+
+    @property
+    def tag(self) -> str:
+        return (self.evaluation or self.test or Evaluation(data=())).tag
+
+    # -- what the loop needs --------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Makes the reference before anything trains."""
+        self.policy.module.to(self.runtime.device)
+        _ = self.reference, self.updater
+
+    def canary_prompts(self) -> list[Prompt]:
+        rows = (row_at(self.data, i, self.seed) for i in range(min(4, len(self.data))))
+        return [self.policy.prompt(row, self.instruction) for row in rows]
+
+    def evaluate(self, evaluation: Evaluation) -> tuple[Metrics, list[ScoredGroup]]:
+        return evaluation(self.policy, self.rollout_engine, self.rubric, self.instruction, self.reattention)
+
+    def state(self) -> dict[str, Any]:
+        return {"position": self.position, "updates": self.updates}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.position, self.updates = state["position"], state["updates"]
+
+    def run(self) -> RunResult:
+        """The whole run: canary, steps, evaluations, checkpoints, the table at the end."""
+        return run_training(self)
+
+
+def _mixed(*numbers: int) -> int:
+    """One seed from several numbers."""
+    import numpy as np
+
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -1,0 +1,91 @@
+"""What a run is asked for and what it leaves behind; the loop itself is in `loop.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from reflectvlm.protocols import Policy, Tracker
+from reflectvlm.train.evaluate import Evaluation
+from reflectvlm.types import Prompt, ScoredGroup
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    metrics: Metrics
+    groups: Sequence[ScoredGroup]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run leaves behind."""
+
+    folder: Path
+    before: Metrics
+    after: Metrics
+    finished: bool
+    """False: a signal stopped it; `exit_code` says which."""
+    exit_code: int = 0
+
+    @property
+    def model(self) -> Path:
+        """Folder that `from_pretrained` loads."""
+        return self.folder / "model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """Where a run is kept and how often it looks up. No setting here changes what is learned."""
+
+    root: str = "runs"
+    resume: str = "never"
+    """never: a new folder; auto: go on with the newest unfinished run of this name and recipe; or a
+    run folder."""
+    save_every: int = 50
+    keep: int = 2
+    eval_every: int = 0
+    """Steps between evaluations on the validation rows; 0 for none."""
+    samples_every: int = 10
+    trackers: Sequence[Tracker] = ()
+    """Further trackers, e.g. wandb; console, JSONL and TensorBoard are always there."""
+    canary: bool = True
+    """Check at the start that the policy sees its images."""
+    print_every: int = 10
+    """Steps between two printed lines when there is no terminal."""
+    recipe_yaml: str | None = None
+    overrides: Sequence[str] = field(default_factory=tuple)
+
+
+class Trainable(Protocol):
+    """What the loop needs of a trainer."""
+
+    steps: int
+    name: str
+    variant: str
+    evaluation: Evaluation | None
+    test: Evaluation | None
+    output: Output
+
+    @property
+    def policy(self) -> Policy: ...
+    @property
+    def updater(self) -> Any: ...
+    def prepare(self) -> None:
+        """Makes what has to exist before the first step: the reference, the optimiser."""
+        ...
+
+    def canary_prompts(self) -> Sequence[Prompt]:
+        """A few of the first prompts, taken without moving the data cursor."""
+        ...
+
+    def step(self, step: int) -> StepResult: ...
+    def evaluate(self, evaluation: Evaluation) -> tuple[Metrics, list[ScoredGroup]]: ...
+    def state(self) -> dict[str, Any]:
+        """What, beside weights and optimiser, a resumed run needs."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None: ...

@@ -1,0 +1,109 @@
+"""One optimiser step on one batch, for SFT and RL alike. The step knows no algorithm: the objective
+turns log-probs into a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reflectvlm.batch import Batch, LossInputs, LossOutputs
+from reflectvlm.protocols import Objective, Policy
+from reflectvlm.train.runtime import Runtime
+
+
+class NonFinite(RuntimeError):
+    """Loss or gradient is NaN or infinite. Raised before the optimiser has stepped."""
+
+    def __init__(self, what: str, batch: Batch) -> None:
+        self.what, self.batch = what, batch
+        super().__init__(
+            f"{what} is not finite; the weights are those from before this step. "
+            "Lower the learning rate, or look at the saved batch."
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Updater:
+    """Policy, objective and optimiser: `updater(batch)` takes one step and returns its metrics."""
+
+    policy: Policy
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    runtime: Runtime
+    micro_rows: int
+    """Rows of one forward and backward pass; bounds memory and changes no result."""
+    max_grad_norm: float
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.micro_rows < 1:
+            raise ValueError(f"micro_rows is {self.micro_rows}. It must be at least 1.")
+
+    def __call__(self, batch: Batch, lr: float) -> dict[str, float]:
+        module = self.policy.module.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        outputs = self._accumulate(batch)
+        metrics = self.runtime.sum(_added(outputs)) | _largest(outputs)
+        if not torch.tensor(metrics["loss"]).isfinite():
+            raise NonFinite(f"The loss ({metrics['loss']})", batch)
+        norm = self.runtime.clip(module, self.max_grad_norm)
+        if not torch.tensor(norm).isfinite():
+            raise NonFinite(f"The gradient norm ({norm})", batch)
+        self.optimizer.step()
+        return metrics | {"grad_norm": norm, "lr": lr}
+
+    def _accumulate(self, batch: Batch) -> list[LossOutputs]:
+        """Backward through all micro-batches. The vision tower runs once: its features become a
+        leaf that collects the gradient of every micro-batch, and are sent back once at the end."""
+        features = self.policy.features(batch.images)
+        leaf = features.detach().requires_grad_(features.requires_grad)
+        outputs = []
+        for piece in batch.split(self.micro_rows):
+            scores = self.policy.score(piece, leaf, self.temperature)
+            outputs.append(self.objective(loss_inputs(piece, scores.logprobs, scores.entropy)))
+            self.runtime.backward(outputs[-1].loss)
+        if leaf.grad is not None:
+            features.backward(leaf.grad)
+        return outputs
+
+
+def loss_inputs(batch: Batch, logprobs: Tensor, entropy: Tensor) -> LossInputs:
+    return LossInputs(
+        logprobs=logprobs,
+        old_logprobs=batch.old_logprobs,
+        ref_logprobs=batch.ref_logprobs,
+        entropy=entropy,
+        advantages=batch.advantages,
+        mask=batch.trained,
+        num_tokens=batch.num_tokens,
+        num_sequences=batch.num_sequences,
+    )
+
+
+def score_without_grad(policy: Policy, batch: Batch, micro_rows: int, temperature: float) -> Tensor:
+    """Log-probs [B, T] of the batch's trained tokens, in micro-batches."""
+    with torch.no_grad():
+        features = policy.features(batch.images)
+        result = torch.zeros(batch.ids.shape, device=batch.ids.device)
+        for start in range(0, len(batch), micro_rows):
+            rows = slice(start, start + micro_rows)
+            piece = batch.rows(start, min(start + micro_rows, len(batch)))
+            scores = policy.score(piece, features, temperature).logprobs
+            # A piece may be narrower than the batch: its rows' trained tokens come in the same order.
+            result[rows][batch.trained[rows]] = scores[piece.trained].to(result.dtype)
+        return result
+
+
+def _added(outputs: Sequence[LossOutputs]) -> dict[str, Tensor]:
+    """Loss and additive metrics, summed over micro-batches."""
+    loss = {"loss": torch.stack([output.loss.detach() for output in outputs]).sum()}
+    return loss | {name: torch.stack([o.metrics[name] for o in outputs]).sum() for name in outputs[0].metrics}
+
+
+def _largest(outputs: Sequence[LossOutputs]) -> dict[str, float]:
+    return {name: max(float(output.peaks[name]) for output in outputs) for name in outputs[0].peaks}

@@ -1,0 +1,104 @@
+"""Cutting a batch: rows, predictors and features point at the same things as before."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fixtures import make_prompt
+from reflectvlm.batch import Batch
+from reflectvlm.models.qwen_vl import QwenVL
+from reflectvlm.spans import collate
+from reflectvlm.types import Spans, Text, Visual
+
+PER_TOKEN = ("ids", "visual", "trained", "old_logprobs", "ref_logprobs")
+
+
+def make_batch(policy: QwenVL, lengths: Sequence[int], side: Any) -> Batch:
+    prompts = [make_prompt(policy, 0), make_prompt(policy, 1, "Why?", ((32, 32),))]
+
+    def answer(n: int) -> Spans:
+        some = Text(ids=tuple(range(1, n + 1)), trained=True, logprobs=tuple(-0.1 * i for i in range(n)))
+        return (some, Visual(image=0, before_sampled=True), Text(ids=(9,), trained=True, logprobs=(-2.0,)))
+
+    rows = [(prompts[i % 2], answer(n)) for i, n in enumerate(lengths)]
+    batch = collate(rows, policy.vision, policy.pad_id, side=side)
+    advantages = torch.arange(float(len(lengths)))
+    return dataclasses.replace(batch, advantages=advantages, ref_logprobs=batch.old_logprobs - 1)
+
+
+def content(batch: Batch) -> list[dict[str, Any]]:
+    """What each row says, without its padding; predictors counted from the row's first token."""
+    rows = []
+    for b in range(len(batch)):
+        used = batch.attention[b]
+        first = int(used.nonzero()[0])
+        row = {name: getattr(batch, name)[b][used].tolist() for name in PER_TOKEN}
+        row["positions"] = batch.positions[:, b, used].tolist()
+        row["predictor"] = (batch.predictor[b][used] - first)[1:].tolist()
+        row["advantage"] = float(batch.advantages[b])
+        rows.append(row)
+    return rows
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    size=st.integers(1, 7),
+    side=st.sampled_from(["right", "left"]),
+)
+@settings(max_examples=40, deadline=None)
+def test_micro_batches_say_what_the_batch_says(
+    tiny_policy: QwenVL, lengths: list[int], size: int, side: str
+) -> None:
+    """Columns cut on the left without moving the predictors would score every token from its past."""
+    batch = make_batch(tiny_policy, lengths, side)
+    pieces = list(batch.split(size))
+    assert [row for piece in pieces for row in content(piece)] == content(batch)
+    assert content(batch) == content(make_batch(tiny_policy, lengths, "left" if side == "right" else "right"))
+    for piece in pieces:
+        assert len(piece) <= size
+        assert piece.images is batch.images
+        assert (piece.num_tokens, piece.num_sequences) == (batch.num_tokens, batch.num_sequences)
+        # No column is padding in all rows, and no pointer leaves the piece.
+        assert piece.attention.any(0).all()
+        assert piece.predictor.min() >= 0
+        assert piece.predictor.max() < piece.ids.shape[1]
+    assert batch.num_tokens == sum(lengths) + len(lengths)
+
+
+def test_rows_without_reference() -> None:
+    """A batch has no reference log-probs until somebody scores one; all-padding rows have no columns."""
+    zeros = torch.zeros(2, 3)
+    batch = Batch(
+        ids=zeros.long(),
+        positions=torch.zeros(3, 2, 3, dtype=torch.long),
+        attention=torch.tensor([[True, True, False], [False, False, False]]),
+        visual=zeros.long() - 1,
+        trained=zeros.bool(),
+        predictor=zeros.long(),
+        images=(),
+        old_logprobs=zeros,
+        advantages=torch.zeros(2),
+        num_tokens=0.0,
+        num_sequences=2.0,
+    )
+    assert batch.rows(0, 2).ref_logprobs is None
+    assert batch.rows(0, 2).ids.shape == (2, 2)
+    assert batch.rows(1, 2).ids.shape == (1, 0)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_all_tensors_move(tiny_policy: QwenVL, device: str) -> None:
+    """One field left behind fails only on a machine with an accelerator; "meta" is one everywhere."""
+    moved = make_batch(tiny_policy, [2, 3], "right").to(device)
+    for field in dataclasses.fields(moved):
+        value = getattr(moved, field.name)
+        if isinstance(value, torch.Tensor):
+            assert value.device.type == device, field.name
+    assert all(image.pixels.device.type == device for image in moved.images)

@@ -1,0 +1,139 @@
+"""The command line: exit codes, one-line errors, a quick start."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reflectvlm import __version__, config
+from reflectvlm.cli import main
+from reflectvlm.recipe_files import recipes
+from reflectvlm.stages import StageStopped
+from reflectvlm.train.run import RunResult
+
+
+class Scripted:
+    """A trainer whose run ends as told."""
+
+    def __init__(self, end: int | BaseException) -> None:
+        self.end = end
+
+    def run(self) -> RunResult:
+        if isinstance(self.end, BaseException):
+            raise self.end
+        logging.getLogger("reflectvlm").warning("two\nlines")
+        return RunResult(folder=Path(), before={}, after={}, finished=self.end == 0, exit_code=self.end)
+
+
+def test_recipes_needs_no_torch_and_is_quick() -> None:
+    """An import at the top of a module that the list needs costs every user seconds."""
+    code = (
+        "import sys\n"
+        "from reflectvlm.cli import main\n"
+        "main(['recipes']); main(['--help']); main(['--version']); main(['show', 'recipe=grpo'])\n"
+        "print('heavy:', sorted({'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules)))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.endswith("heavy: []\n")
+
+
+def test_recipes_lists_all_with_descriptions(capsys: pytest.CaptureFixture[str]) -> None:
+    """A recipe that is not listed is not found."""
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(recipes())
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+def test_show_prints_a_recipe_that_loads(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """`reflectvlm show … > mine.yaml` is how a user begins a recipe of their own."""
+    assert main(["show", "recipe=lookback_rl", "steps=9"]) == 0
+    (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
+    assert config.compose(str(tmp_path / "mine.yaml")).values["steps"] == 9
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """Help has to name the commands, the grammar of overrides and the exit codes."""
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"reflectvlm {__version__}\n"
+    for words in ([], ["--help"], ["train", "-h"]):
+        assert main(words) == 0
+        out = capsys.readouterr().out
+        assert all(
+            word in out for word in ("train recipe=", "resume=auto", "+key=value", "Exit codes", "start_from")
+        )
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["trian"], "Did you mean 'train'?"),
+        (["train"], "train needs recipe=NAME. `reflectvlm recipes` lists them"),
+        (["train", "grpo"], "Write recipe=grpo"),
+        (["train", "recipe=grpo", "recipe=tiny_base"], "train runs one recipe"),
+        (["train", "recipe=grpo", "--steps=3"], "there are no dashes"),
+        (["train", "recipe=gpro"], "Did you mean 'grpo'?"),
+        (["train", "recipe=grpo", "stesp=3"], "Did you mean steps?"),
+        (["show", "recipe=grpo", "steps=1,2"], "several values"),
+        (["recipes", "all"], "recipes takes nothing more, got 'all'"),
+    ],
+)
+def test_what_a_user_wrote_wrong_is_one_line_and_exit_code_2(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A traceback hides the one sentence that helps; a code of 0 lets a job script go on."""
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert says in err
+    assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "says"),
+    [
+        (0, 0, ""),
+        (143, 143, ""),
+        (130, 130, ""),
+        (KeyboardInterrupt(), 130, "error: stopped by Ctrl-C\n"),
+        (RuntimeError("The loss (nan)\nis not finite."), 1, "error: The loss (nan) is not finite.\n"),
+        (OSError(28, "No space left"), 1, "error: OSError: [Errno 28] No space left\n"),
+        (KeyError("x"), 1, "error: KeyError: 'x'\n"),
+        (ValueError("Row 'a' has no trace."), 2, "error: Row 'a' has no trace.\n"),
+        (StageStopped("cold start was stopped", 143), 143, "error: cold start was stopped\n"),
+    ],
+)
+def test_exit_codes_of_a_run(
+    end: Any, code: int, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Schedulers decide by the exit code whether to start a job again."""
+    monkeypatch.setattr(config, "load_recipe", lambda *_: Scripted(end))
+    assert main(["train", "recipe=grpo"]) == code
+    err = capsys.readouterr().err
+    assert err == (says or "warning: two lines\n")
+
+
+def test_traceback_on_request(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a way to the traceback a bug of ours cannot be reported."""
+    monkeypatch.setenv("REFLECTVLM_TRACEBACK", "1")
+    assert main(["train", "recipe=gpro"]) == 2
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_the_logger_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second `main` in one process printed every line twice."""
+    monkeypatch.setattr(config, "load_recipe", lambda *_: Scripted(0))
+    logger = logging.getLogger("reflectvlm")
+    before = (list(logger.handlers), logger.level, logger.propagate)
+    main(["train", "recipe=grpo"])
+    assert (list(logger.handlers), logger.level, logger.propagate) == before
