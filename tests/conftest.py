@@ -27,8 +27,8 @@ def checked(function: Any) -> Any:
 # Every shape in the library's signatures becomes a check while tests run.
 jaxtyping.install_import_hook("reflectvlm", f"{__name__}.checked")
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 

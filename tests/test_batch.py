@@ -43,6 +43,7 @@ def content(batch: Batch) -> list[dict[str, Any]]:
         row["positions"] = batch.positions[:, b, used].tolist()
         row["predictor"] = (batch.predictor[b][used] - first)[1:].tolist()
         row["advantage"] = float(batch.advantages[b])
+        row["prompt"] = (int(batch.prompt[b]), int(batch.prompt_tokens[b]))
         rows.append(row)
     return rows
 
@@ -70,6 +71,11 @@ def test_micro_batches_say_what_the_batch_says(
         assert piece.predictor.min() >= 0
         assert piece.predictor.max() < piece.ids.shape[1]
     assert batch.num_tokens == sum(lengths) + len(lengths)
+    for b in range(len(batch)):
+        # Rows alternate between two prompts; a row's first trained token is the first of its answer.
+        assert batch.prompt[b] == b % 2
+        used = batch.trained[b][batch.attention[b]]
+        assert batch.prompt_tokens[b] == int(used.nonzero()[0])
 
 
 def test_rows_without_reference() -> None:
@@ -85,6 +91,8 @@ def test_rows_without_reference() -> None:
         images=(),
         old_logprobs=zeros,
         advantages=torch.zeros(2),
+        prompt=torch.tensor([0, 1]),
+        prompt_tokens=torch.tensor([2, 0]),
         num_tokens=0.0,
         num_sequences=2.0,
     )

@@ -113,5 +113,5 @@ def test_a_template_without_images_is_refused(tiny_policy: QwenVL) -> None:
 
 
 def test_a_wrong_place_is_refused() -> None:
-    with pytest.raises(ValueError, match="'assistant'. It must be 'user' or 'system'"):
+    with pytest.raises(ValueError, match=r"'assistant'\. It must be 'user' or 'system'"):
         Instruction(place="assistant")  # type: ignore[arg-type]

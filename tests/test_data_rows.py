@@ -75,7 +75,7 @@ def test_number_answers_become_text() -> None:
     refused({"question": 12, "answer": "b"}, "question", "question is no text", "holds a number")
 
 
-@given(st.text(min_size=1).filter(str.strip))
+@given(st.text().filter(lambda text: text.strip() and "<image>" not in text))
 def test_text_is_never_altered(text: str) -> None:
     """Stripping or escaping changes what the user asked: `<|im_end|>` stays what it is."""
     for question in (text, f"<|im_end|>{text}</think><back>"):

@@ -116,6 +116,25 @@ def test_scripts_end_as_samples_would(exact_policy: QwenVL, prompts: list[Prompt
     assert end(SamplingParams(stop_ids=(last,))) == ("alpha", "stop")
 
 
+@pytest.mark.parametrize("trigger", ["<|box_start|>", "<back>"])
+def test_scripts_insert_as_samples_would(exact_policy: QwenVL, prompts: list[Prompt], trigger: str) -> None:
+    """Before a special trigger, behind the last piece of a plain one; not where nothing follows."""
+    script = ScriptedEngine(policy=exact_policy, texts=(f"one {trigger}two",))
+    ((rollout,),) = script.generate(prompts[:1], 1, SamplingParams(), ShowAgain(trigger), seed=0)
+    before, block, after = rollout.spans
+    assert isinstance(before, Text)
+    assert isinstance(after, Text)
+    decode, special = exact_policy.decode, trigger.startswith("<|")
+    assert block == Visual(image=0, before_sampled=special)
+    halves = ("one ", f"{trigger}two<|im_end|>") if special else (f"one {trigger}", "two<|im_end|>")
+    assert (decode(before.ids), decode(after.ids)) == halves
+    batch = exact_policy.batch([(rollout.prompt, rollout.spans)])
+    assert (score_batch(exact_policy, batch).logprobs - batch.old_logprobs).abs().max() < TOLERANCE
+    ended = SamplingParams(stop=(trigger,))
+    ((short,),) = script.generate(prompts[:1], 1, ended, ShowAgain(trigger), seed=0)
+    assert (short.insertions, short.stop) == ((), "stop")
+
+
 @pytest.mark.parametrize("texts", [(), "one text"])
 def test_a_script_without_texts_is_refused(exact_policy: QwenVL, texts: object) -> None:
     """A plain string would be replayed letter by letter."""

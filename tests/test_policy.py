@@ -164,7 +164,7 @@ def test_reserved_ids_have_no_probability(exact_policy: QwenVL, expected: list[T
         "<|image_pad|>",
         "<|video_pad|>",
     } <= spelled
-    assert len(reserved) == 5 + 4480 - 4366
+    assert len(reserved) == 5 + 2432 - 2318
     hidden = torch.randn(2, 128, dtype=torch.float64)
     assert exact_policy.logits(hidden)[:, list(reserved)].eq(float("-inf")).all()
 

@@ -116,7 +116,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {here!r})
 from training import small_rl
-result = small_rl(Path(sys.argv[1]), steps=int(sys.argv[2]), output={{"resume": "auto", "save_every": 1}}).run()
+output = {{"resume": "auto", "save_every": 1}}
+result = small_rl(Path(sys.argv[1]), steps=int(sys.argv[2]), output=output).run()
 sys.exit(result.exit_code)
 """
 

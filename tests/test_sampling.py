@@ -131,6 +131,13 @@ def test_cuts_by_hand() -> None:
     assert kept(top_k=3, top_p=0.5) == [1]
 
 
+def test_the_ends_of_the_unit_interval() -> None:
+    """u = 0 draws the first possible id, not a banned one and not the likeliest; u just below 1 the last."""
+    logits = torch.tensor([0.0, 0.3, 0.7, 0.0]).log()
+    ids, _ = draw(logits.expand(2, -1), torch.tensor([0.0, LAST]), SamplingParams())
+    assert ids.tolist() == [1, 2]
+
+
 def test_greedy_logprobs_are_at_temperature_one() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0]])
     ids, logprobs = draw(logits, torch.tensor([0.99]), SamplingParams(temperature=0))

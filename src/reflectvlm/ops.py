@@ -100,10 +100,10 @@ def token_scores(
         z_k = (weight hidden_k + bias) / temperature,   z_k[banned] = -inf
         logprob_k = log_softmax(z_k)[target_k],   entropy_k = -sum_v p_kv log p_kv
 
-    Computed `chunk` tokens at a time; the backward pass computes each chunk again, so at most
-    [chunk, V] numbers of a kind exist at once. The softmax is in float32 (or wider) whatever the
-    inputs are, and so are both results. The entropy carries no gradient. A banned target has
-    log-prob -inf.
+    More than `chunk` tokens are computed `chunk` at a time, and the backward pass computes each chunk
+    again, so at most [chunk, V] numbers of a kind exist at once. The softmax is in float32 (or wider)
+    whatever the inputs are, and so are both results. The entropy carries no gradient. A banned
+    target has log-prob -inf.
     """
     if not temperature > 0:
         raise ValueError(
@@ -112,8 +112,10 @@ def token_scores(
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}. It counts tokens scored at once and must be at least 1.")
     forbidden = torch.tensor(tuple(banned), dtype=torch.long, device=hidden.device)
+    if len(hidden) <= chunk:  # fits: keep the logits rather than compute them twice
+        return _score_chunk(hidden, weight, bias, targets, forbidden, temperature)
     logprobs, entropies = [], []
-    for start in range(0, max(len(hidden), 1), chunk):  # K = 0 takes one empty step: keeps the gradient path
+    for start in range(0, len(hidden), chunk):
         rows = slice(start, start + chunk)
         logprob, entropy = cast(
             tuple[Tensor, Tensor],
@@ -141,5 +143,6 @@ def _score_chunk(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     logprobs = logits.index_fill_(1, banned, float("-inf")).log_softmax(-1)
     with torch.no_grad():
-        entropy = torch.special.entr(logprobs.exp()).sum(-1)  # entr(0) = 0, so a banned id adds nothing
+        # A banned id has p = 0 and log p = -inf; the clamp makes their product 0 instead of NaN.
+        entropy = -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(-1)
     return logprobs.gather(1, targets[:, None]).squeeze(1), entropy

@@ -45,7 +45,7 @@ class ParquetRows:
         return f"{path.name}:{first + index - self._starts[number] + 1}"
 
     def __getitem__(self, index: int) -> Row:
-        import pyarrow  # type: ignore[import-untyped]
+        import pyarrow
 
         number = bisect_right(self._starts, index) - 1
         try:
@@ -60,7 +60,7 @@ class ParquetRows:
 
     def _index(self, path: Path) -> None:
         import pyarrow
-        import pyarrow.parquet  # type: ignore[import-untyped]
+        import pyarrow.parquet
 
         try:
             metadata = pyarrow.parquet.read_metadata(path)
@@ -69,9 +69,9 @@ class ParquetRows:
         first = 0
         for group in range(metadata.num_row_groups):
             part = metadata.row_group(group)
-            if part.num_rows:  # an empty group would share its start with the next
-                self._groups.append((path, group, first, part.total_byte_size))
-                self._starts.append(self._total)
+            # An empty group shares its start with the next one; bisect_right finds the later of the two.
+            self._groups.append((path, group, first, part.total_byte_size))
+            self._starts.append(self._total)
             first += part.num_rows
             self._total += part.num_rows
 

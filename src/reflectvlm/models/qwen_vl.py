@@ -7,6 +7,7 @@ hidden states, so [T, 152k] logits are never built.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,17 +35,22 @@ def load_policy(
     path: str = "tiny",
     *,
     dtype: Dtype = "float32",
+    compute: Dtype | None = None,
     attention: Attention = "auto",
     freeze_parts: Sequence[Part] = (),
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     gradient_checkpointing: bool = False,
+    chunk: int = 1024,
     trust_remote_code: bool = False,
 ) -> QwenVL:
     """A policy from `"tiny"`, a folder, or a hub name.
 
-    `freeze_parts` of vision, projector, language stay as they are; pixel limits are those of the
-    image after resizing, None keeps the model's own.
+    `dtype` is that of the weights: with AdamW at a rate like 1e-6 it must be float32, because a
+    bfloat16 weight is too coarse to take so small a step. `compute` is the dtype of the matrix
+    products (autocast); None is `dtype`. `freeze_parts` of vision, projector, language stay as they
+    are. Pixel limits are those of the image after resizing; None keeps the model's own. `chunk` is
+    how many tokens' logits exist at once.
     """
     model = load_model(path, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
     freeze(model, freeze_parts)
@@ -55,6 +61,8 @@ def load_policy(
         tokenizer=load_tokenizer(path),
         image_processor=load_image_processor(path, min_pixels, max_pixels),
         source=path,
+        compute=compute,
+        chunk=chunk,
     )
 
 
@@ -68,6 +76,8 @@ class QwenVL:
     source: str = ""
     padding_side: Literal["right", "left"] = "right"
     """Which side short rows are padded on. No result depends on it; tests try both."""
+    compute: Dtype | None = None
+    """Dtype of matrix products; None is that of the weights."""
     share_prefix: bool = True
     """Rows of one prompt run it once (`prefix.py`). False is the plain way; results are the same."""
     chunk: int = 1024
@@ -146,9 +156,10 @@ class QwenVL:
         merge = self.image_processor.merge_size
         grids = [(i.grid.frames, i.grid.rows * merge, i.grid.columns * merge) for i in images]
         pixels = torch.cat([image.pixels for image in images]).to(self.device)
-        made = self.model.model.get_image_features(
-            pixels, torch.tensor(grids, device=self.device), return_dict=True
-        )
+        with self._autocast():
+            made = self.model.model.get_image_features(
+                pixels, torch.tensor(grids, device=self.device), return_dict=True
+            )
         return torch.cat(list(made.pooler_output)).to(self.model.dtype)
 
     def embed(
@@ -169,30 +180,34 @@ class QwenVL:
     ) -> Float[Tensor, "B T D"]:
         """Last hidden states. `mask` is [B, T] over columns, or [B, 1, T, S] over cached keys; None
         is plain causal attention."""
-        out = self.model.model.language_model(
-            inputs_embeds=embedded,
-            position_ids=positions,
-            attention_mask=self._attention_mask(mask),
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
+        with self._autocast():
+            out = self.model.model.language_model(
+                inputs_embeds=embedded,
+                position_ids=positions,
+                attention_mask=self._attention_mask(mask),
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
         return out.last_hidden_state
 
     def logits(self, hidden: Float[Tensor, "B D"]) -> Float[Tensor, "B vocabulary"]:
         """Next-token logits in float32 with reserved ids at minus infinity."""
-        return self.model.lm_head(hidden).float().index_fill(-1, self.banned, float("-inf"))
+        with self._autocast():
+            logits = self.model.lm_head(hidden)
+        return logits.float().index_fill(-1, self.banned, float("-inf"))
 
     def score(self, batch: Batch, features: Float[Tensor, "V D"], temperature: float = 1.0) -> TokenScores:
         hidden, where = self._hidden_states(batch, features)
         row, column = batch.trained.nonzero(as_tuple=True)
-        logprobs, entropy = ops.token_scores(
-            hidden.flatten(0, 1)[where[row, batch.predictor[row, column]]],
-            self.model.lm_head.weight,
-            batch.ids[row, column],
-            banned=self.reserved_ids,
-            temperature=temperature,
-            chunk=self.chunk,
-        )
+        with self._autocast():
+            logprobs, entropy = ops.token_scores(
+                hidden.flatten(0, 1)[where[row, batch.predictor[row, column]]],
+                self.model.lm_head.weight,
+                batch.ids[row, column],
+                banned=self.reserved_ids,
+                temperature=temperature,
+                chunk=self.chunk,
+            )
         empty = torch.zeros(batch.ids.shape, device=logprobs.device, dtype=logprobs.dtype)
         return TokenScores(
             logprobs=empty.index_put((row, column), logprobs),
@@ -211,6 +226,11 @@ class QwenVL:
         mask = None if bool(batch.attention[:, 0].all()) else batch.attention.long()
         hidden = self.hidden(self.embed(batch.ids, batch.visual, features), batch.positions, mask)
         return hidden, torch.arange(batch.ids.numel(), device=self.device).view(batch.ids.shape)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.compute is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=getattr(torch, self.compute))
 
     def _attention_mask(self, mask: Tensor | None) -> Tensor | None:
         """A [N, 1, T, S] mask in the form that the model's attention implementation takes."""

@@ -1,7 +1,7 @@
 """The tiny policy: the stock Qwen2.5-VL classes at a size that a laptop trains in minutes.
 
-1.93 million parameters: vision tower 3 x 96 (patch 8, merge 2, full attention), language
-model 4 x 128 over the 4,366 ids of the small tokenizer, plus spare embedding rows as Qwen2.5-VL
+1.7 million parameters: vision tower 3 x 96 (patch 8, merge 2, full attention), language
+model 4 x 128 over the 2,318 ids of the small tokenizer, plus spare embedding rows as Qwen2.5-VL
 has them. A 64 x 64 page becomes 16 visual tokens.
 
 `tiny_folder` writes a random one; the pre-trained one ships in `models/tiny/` and was made by
@@ -21,8 +21,8 @@ PATCH, MERGE = 8, 2
 INIT = 0.06
 """Standard deviation of initial weights: near 1/sqrt(width), three times the default of 7B models,
 with which so narrow a network barely moves at first."""
-VOCABULARY = 4480
-"""Rows of the embedding: the tokenizer's 4,366 ids and 114 spare ones for new tags."""
+VOCABULARY = 2432
+"""Rows of the embedding: the tokenizer's 2,318 ids and 114 spare ones for new tags."""
 
 
 def pretrained_tiny() -> Path:

@@ -60,7 +60,7 @@ class InProcessEngine:
         if n < 1:
             raise ValueError(f"generate was asked for n={n} rollouts per prompt. Ask for at least 1.")
         self.policy.module.eval()
-        with torch.inference_mode():
+        with torch.no_grad():
             decoding = _Decoding(
                 policy=self.policy,
                 prompts=prompts,
@@ -186,7 +186,7 @@ class _Decoding:
         hidden, position = self._take_in(
             first,
             [(prompt.spans, self.features[p]) for p, prompt in zip(chosen, prompts, strict=True)],
-            [prompt for prompt in prompts],
+            list(prompts),
             torch.zeros(len(prompts), dtype=torch.long, device=self.device),
         )
         if self.n > 1:

@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from reflectvlm.train.canary import check_sight
 from reflectvlm.train.checkpoint import (
@@ -51,7 +51,8 @@ def _existing(path: str) -> tuple[Path, str, Literal["auto"]]:
     folder = Path(path)
     if not (folder / "checkpoints").is_dir():
         raise ValueError(
-            f"resume={path!r} is no run folder: it has no checkpoints/. Give the folder of a run, or auto, or never."
+            f"resume={path!r} is no run folder: it has no checkpoints/. "
+            "Give the folder of a run, or auto, or never."
         )
     return folder.absolute().parent, folder.name, "auto"
 

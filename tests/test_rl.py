@@ -1,0 +1,222 @@
+"""The RL step: which groups it trains on, and what it survives."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from reflectvlm.advantages import GroupMean
+from reflectvlm.data.digits import Digits
+from reflectvlm.objectives import ClippedSurrogate
+from reflectvlm.rewards.lift import per_rollout
+from reflectvlm.rewards.rubric import Rubric
+from reflectvlm.train.rl import DynamicSampling, RLTrainer
+from reflectvlm.train.update import NonFinite
+from reflectvlm.types import Rollout, Sample, SamplingParams
+from training import remainder, small_rl, small_sft
+
+
+def trainer_with(tmp_path: Path, reward: Any, **changes: Any) -> RLTrainer:
+    rubric = Rubric(rewards={"reward": reward}, weights={"reward": 1.0})
+    return small_rl(tmp_path, **{"rubric": rubric, "updates_per_step": 1, "epochs_per_step": 1} | changes)
+
+
+def weights(trainer: RLTrainer) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in trainer.policy.module.parameters()]
+
+
+def moved(trainer: RLTrainer, before: Sequence[torch.Tensor]) -> bool:
+    return any(not bool((a == b).all()) for a, b in zip(before, weights(trainer), strict=True))
+
+
+def test_equal_rewards_move_nothing(tmp_path: Path) -> None:
+    """Bug: a group that teaches nothing becomes NaN, or moves weights by decay alone."""
+    trainer = trainer_with(tmp_path, per_rollout(lambda _: 1.0))
+    before = weights(trainer)
+    metrics = trainer.step(0).metrics
+    assert metrics["useful_groups"] == 0
+    assert "loss" not in metrics
+    assert not moved(trainer, before)
+
+
+def test_a_reward_that_raises_is_named_and_survived(tmp_path: Path, caplog: Any) -> None:
+    """Bug: one bad row ends a run of days, or its rollouts count as wrong answers."""
+
+    @per_rollout
+    def fragile(rollout: Rollout) -> float:
+        if rollout.prompt.sample.id == "digits-train-1":
+            raise ZeroDivisionError("no denominator")
+        return remainder(rollout)
+
+    trainer = trainer_with(tmp_path, fragile, data=Digits(), prompts_per_step=3)
+    with caplog.at_level(logging.WARNING, "reflectvlm"):
+        result = trainer.step(0)
+    assert "digits-train-1" in caplog.text
+    assert "no denominator" in caplog.text
+    assert [any(group.scored) for group in result.groups].count(False) == 1
+    assert result.metrics["unscored"] == pytest.approx(1 / 3)
+    assert torch.isfinite(torch.tensor(result.metrics["loss"]))
+
+
+def test_unscored_rollouts_enter_no_batch(tmp_path: Path) -> None:
+    """Bug: a rollout without a reward is trained on with advantage 0, and dilutes the token mean."""
+    trainer = trainer_with(tmp_path, per_rollout(remainder))
+    group = trainer.sample_groups(0)[0]
+    cut = dataclasses.replace(group, scored=(True, False, True))
+    assert len(trainer.batch([cut])) == 2
+    assert len(trainer.batch([group])) == 3
+
+
+def test_dynamic_sampling_fills_up_with_groups_that_differ(tmp_path: Path) -> None:
+    """Bug: DAPO's filter is a setting that does nothing."""
+
+    @per_rollout
+    def every_third_prompt(rollout: Rollout) -> float:
+        number = int(rollout.prompt.sample.id.rsplit("-", 1)[1])
+        return remainder(rollout) if number % 3 == 2 else 0.0
+
+    plain = trainer_with(tmp_path, every_third_prompt, data=Digits(), prompts_per_step=2)
+    assert plain.step(0).metrics["useful_groups"] <= 0.5
+    filled = trainer_with(
+        tmp_path,
+        every_third_prompt,
+        data=Digits(),
+        prompts_per_step=2,
+        dynamic_sampling=DynamicSampling(max_rounds=6),
+    )
+    assert filled.step(0).metrics["useful_groups"] == 1.0
+    assert filled.position >= 6
+
+
+def test_overlong_filtering_leaves_out_what_was_cut(tmp_path: Path) -> None:
+    """Bug: with every rollout truncated the filter divides by nothing, or trains all the same."""
+    trainer = trainer_with(
+        tmp_path, per_rollout(remainder), drop_truncated=True, sampling=SamplingParams(max_tokens=1)
+    )
+    before = weights(trainer)
+    result = trainer.step(0)
+    assert result.metrics["truncated"] > 0.5
+    assert not moved(trainer, before) or result.metrics["unscored"] < 1
+
+
+def test_over_long_prompts_are_named_and_passed_over(tmp_path: Path, caplog: Any) -> None:
+    """Bug: a prompt is cut inside its image, or dropped without a word (traps: truncated images)."""
+    long = dataclasses.replace(Digits()[0], id="long-row", question="why " * 300)
+    trainer = trainer_with(
+        tmp_path, per_rollout(remainder), data=[long, *Digits(size=3)], max_prompt_tokens=200
+    )
+    with caplog.at_level(logging.WARNING, "reflectvlm"):
+        ids = [prompt.sample.id for _ in range(2) for prompt in trainer.next_prompts(2)]
+    assert "long-row" not in ids
+    assert "long-row left out: its prompt has" in caplog.text
+    nothing = trainer_with(tmp_path, per_rollout(remainder), data=[long], max_prompt_tokens=200)
+    with pytest.raises(ValueError, match="No row fits max_prompt_tokens=200"):
+        nothing.next_prompts(1)
+
+
+def test_several_updates_take_equal_shares(tmp_path: Path) -> None:
+    """Bug: mini-batches of one rollout phase differ in size, or later ones reuse new log-probs."""
+    trainer = small_rl(tmp_path, prompts_per_step=4, updates_per_step=2, epochs_per_step=3)
+    seen = []
+    take = trainer.updater.__class__.__call__
+
+    def spy(self: Any, batch: Any, lr: float) -> dict[str, float]:
+        seen.append((len(batch), batch.old_logprobs.clone()))
+        return take(self, batch, lr)
+
+    trainer.updater.__class__.__call__ = spy  # type: ignore[method-assign]
+    try:
+        trainer.step(0)
+    finally:
+        trainer.updater.__class__.__call__ = take  # type: ignore[method-assign]
+    assert trainer.updates == 6
+    assert [rows for rows, _ in seen] == [6] * 6
+    assert torch.equal(seen[0][1], seen[2][1])
+    assert torch.equal(seen[1][1], seen[5][1])
+
+
+def test_ratio_is_one_before_the_first_update(tmp_path: Path) -> None:
+    """Bug: engine and trainer disagree (temperature, banned ids, positions), so GRPO is biased."""
+    for temperature in (0.6, 1.0, 1.4):
+        trainer = trainer_with(
+            tmp_path, per_rollout(remainder), sampling=SamplingParams(max_tokens=12, temperature=temperature)
+        )
+        assert trainer.step(0).metrics["ratio_gap"] < 1e-4
+
+
+def test_nan_stops_with_the_batch_saved(tmp_path: Path) -> None:
+    """Bug: training goes on with NaN weights, or stops with nothing to look at."""
+    trainer = small_rl(tmp_path, output={"canary": False}, test=None, evaluation=None)
+    taken = trainer.step
+
+    def poisoned(step: int) -> Any:
+        if step == 2:
+            with torch.no_grad():
+                trainer.policy.model.model.language_model.norm.weight.fill_(float("inf"))
+            trainer.sample_groups = lambda _: healthy  # type: ignore[method-assign]
+        return taken(step)
+
+    healthy = trainer.sample_groups(0)
+    trainer.step = poisoned  # type: ignore[method-assign]
+    with pytest.raises(NonFinite, match=r"Step 3, batch saved in .*nonfinite-step-3"):
+        trainer.run()
+    about = json.loads((tmp_path / "rl" / "nonfinite-step-3" / "batch.json").read_text())
+    assert "not finite" in about["reason"]
+    assert (tmp_path / "rl" / "nonfinite-step-3" / "batch.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps is 0. It must be at least 1"),
+        ({"group_size": 0}, "group_size is 0"),
+        ({"prompts_per_step": 3, "updates_per_step": 2}, "does not divide prompts_per_step=3"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tmp_path: Path, changes: dict[str, int], message: str) -> None:
+    """Bug: a setting that makes no sense trains something else."""
+    with pytest.raises(ValueError, match=message):
+        small_rl(tmp_path, **changes)
+
+
+def test_sft_names_a_row_it_cannot_train_on(tmp_path: Path) -> None:
+    """Bug: a row without a gold answer trains on the text "None"."""
+    bare = [Sample(id="row-9", question="q", answer="1", images=Digits()[0].images)]
+    with pytest.raises(ValueError, match="'row-9' has no text in its column 'trace'"):
+        small_sft(tmp_path, data=bare).step(0)
+    spelled = [dataclasses.replace(bare[0], columns={"trace": "a <|image_pad|> b"})]
+    with pytest.raises(ValueError, match="stands for pixels"):
+        small_sft(tmp_path, data=spelled).step(0)
+    with pytest.raises(ValueError, match="more than max_tokens=20"):
+        small_sft(tmp_path, max_tokens=20).step(0)
+
+
+def test_rl_learns_what_is_rewarded(tmp_path: Path) -> None:
+    """Bug: a sign error anywhere between reward and update. A random policy learns to say more of
+    one token within a few steps."""
+    token = 300
+
+    @per_rollout
+    def share(rollout: Rollout) -> float:
+        return rollout.sampled_ids.count(token) / len(rollout.sampled_ids)
+
+    trainer = trainer_with(
+        tmp_path,
+        share,
+        group_size=16,
+        prompts_per_step=2,
+        objective=ClippedSurrogate(),
+        advantage=GroupMean(),
+        sampling=SamplingParams(max_tokens=16),
+        steps=60,
+        optimizer=dataclasses.replace(small_rl(tmp_path).optimizer, lr=3e-3, schedule="constant"),
+    )
+    rewards = [trainer.step(step).metrics["reward"] for step in range(60)]
+    assert sum(rewards[-5:]) / 5 > 0.1 + sum(rewards[:5]) / 5
