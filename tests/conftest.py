@@ -36,6 +36,10 @@ from fixtures import make_policy  # noqa: E402
 from reflectvlm.models.qwen_vl import QwenVL  # noqa: E402
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-golden", action="store_true", help="write tests/golden anew")
+
+
 @pytest.fixture(scope="session")
 def tiny_policy() -> QwenVL:
     """A random tiny policy with enlarged weights. Tests must not change it; those that train or

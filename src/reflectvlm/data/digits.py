@@ -45,8 +45,8 @@ class Digits(Sequence[Sample]):
 
     split: Split = "train"
     size: int = UNLIMITED
-    seed: int = 0
-    """Which training pages; validation and test ignore it."""
+    seed: int | Sequence[int] = 0
+    """Which training pages, one number or several; validation and test ignore it."""
     kinds: Sequence[str] = KINDS
     filled: Sequence[int] = (2, 3, 4)
     """How many of the four places may hold a digit; a page has one of these numbers."""
@@ -80,8 +80,9 @@ class Digits(Sequence[Sample]):
             return [self[i] for i in range(*index.indices(self.size))]
         if not 0 <= index < self.size:
             raise IndexError(f"row {index} of Digits with {self.size} rows")
-        seed = self.seed if self.split == "train" else 0
-        rng = np.random.default_rng([seed, _SPLIT_NUMBER[self.split], index])
+        seed = (self.seed,) if isinstance(self.seed, int) else tuple(self.seed)
+        seed = seed if self.split == "train" else (0,)
+        rng = np.random.default_rng([*seed, _SPLIT_NUMBER[self.split], index])
         page, digits = _page(self.split, rng, self.image_size, self.filled)
         kind = self.kinds[int(rng.integers(len(self.kinds)))]
         question, looks, working, answer = _question(kind, digits, rng)
