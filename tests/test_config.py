@@ -156,7 +156,10 @@ def test_a_mistake_is_one_line_with_a_remedy(recipe: str, override: str, says: s
         ("steps=0", r"^steps is 0. It must be at least 1"),
         ("updates_per_step=3", r"^updates_per_step=3 does not divide"),
         ("objective.clip_low=-1", r"^objective: ClippedSurrogate.clip_low is -1"),
-        ("objective.kl.coefficient=-1", r"^objective.kl: KL.coefficient is -1"),
+        (
+            "objective.kl={_target_:reflectvlm.objectives.KL,coefficient:-1}",
+            r"^objective.kl: KL.coefficient is -1",
+        ),
         (
             "variant=solutoin",
             r"^rubric.layout: look_back has no variant 'solutoin'.*Did you mean 'solution'\?",

@@ -18,9 +18,7 @@ KEYS = ("reward", "accuracy", "layout_rate", "length/mean", "loss", "entropy", "
 
 
 def steps() -> list[dict[str, float]]:
-    trainer = load_recipe(
-        "grpo", "prompts_per_step=4", "group_size=4", "sampling.max_tokens=40", "steps=100", "test=null"
-    )
+    trainer = load_recipe("grpo", "prompts_per_step=6", "sampling.temperature=1.0", "steps=100", "test=null")
     results = [trainer.step(step).metrics for step in range(4)]
     return [{key: result[key] for key in KEYS} for result in results]
 

@@ -62,7 +62,7 @@ def test_a_script_of_sampled_texts_gives_the_same_rollouts(
     policy = favour(make_policy(dtype=torch.float64), ["<|box_start|>", "<|im_end|>"], 5)
     reattention = ShowAgain(trigger, keep=(1, 2))
     sampling = SamplingParams(max_tokens=16, temperature=temperature, stop=("st",))
-    sampled = InProcessEngine(policy=policy).generate(prompts, 4, sampling, reattention, seed=3)
+    sampled = InProcessEngine(policy=policy).generate(prompts, 16, sampling, reattention, seed=3)
     # A text read back may be cut into other tokens than were sampled; compare where it is not.
     compared = 0
     for prompt, group in zip(prompts, sampled, strict=True):
