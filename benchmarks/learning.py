@@ -1,6 +1,6 @@
 """Does RL raise held-out accuracy over its own cold start? Several seeds, mean and spread.
 
-    python benchmarks/learning.py                     # seeds 0 1 2 of recipe lookback_rl
+    python benchmarks/learning.py --jobs 2            # seeds 0 1 2 of recipe lookback_rl, two at a time
     python benchmarks/learning.py --recipe grpo --seeds 0
 
 Each seed has its own cold start, made in the run. All figures are greedy answers to the 400 test
@@ -17,6 +17,8 @@ import platform
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -92,18 +94,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--recipe", default="lookback_rl")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="seeds run at one time, each on one thread")
     parser.add_argument("overrides", nargs="*", help="key=value, as for `reflectvlm train`")
     options = parser.parse_args()
     about = {
         "command": f"python benchmarks/learning.py --recipe {options.recipe} --seeds "
-        + " ".join(map(str, [*options.seeds, *options.overrides])),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        + " ".join(map(str, [*options.seeds, *options.overrides]))
+        + f" --jobs {options.jobs}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread a seed",
         "torch": torch.__version__,
         "base_accuracy": base_accuracy(),
     }
     with tempfile.TemporaryDirectory() as root:
         os.environ["REFLECTVLM_CACHE"] = f"{root}/cache"  # every cold start is made anew
-        rows = [run(options.recipe, seed, options.overrides, root) for seed in options.seeds]
+        os.environ["OMP_NUM_THREADS"] = "1"
+        with ProcessPoolExecutor(options.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
+            jobs = [pool.submit(run, options.recipe, seed, options.overrides, root) for seed in options.seeds]
+            rows = [job.result() for job in jobs]
     folder = HERE / "results"
     folder.mkdir(exist_ok=True)
     (folder / f"{options.recipe}.json").write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
