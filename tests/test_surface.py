@@ -60,7 +60,7 @@ RECIPES = ["grpo", "lookback_rl", "lookback_rl_7b", "lookback_sft", "lookback_sf
 
 CHOICES = {
     "policy": "qwen2_5_vl_3b qwen2_5_vl_7b tiny tiny_random",
-    "data": "digit_traces digits rows shapes",
+    "data": "digit_traces digits digits_to_read rows shapes",
 }
 
 PROTOCOLS = {
