@@ -32,7 +32,7 @@ test: $(READY)  ## the whole test suite
 torture: $(READY)  ## long tests: kills at every write of a save, many times
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m torture -n 2
 
-bench: $(READY)  ## the learning benchmark over three seeds (about 30 minutes on 2 cores)
+bench: $(READY)  ## the learning benchmark over three seeds
 	$(BIN)/python benchmarks/learning.py --jobs 2
 
 golden: $(READY)  ## record the golden trajectory anew; say why in the commit

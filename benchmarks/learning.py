@@ -4,7 +4,7 @@
     python benchmarks/learning.py --recipe grpo --seeds 0
 
 Each seed has its own cold start, made in the run. All figures are greedy answers to the 400 test
-pages, whose handwriting no training step has seen. Results go to benchmarks/results/<recipe>.json
+pages, which are made of scans that no training step has seen. Results go to benchmarks/results/<recipe>.json
 and .md, with the machine and the seconds they took.
 """
 
@@ -14,7 +14,9 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -95,12 +97,12 @@ def main() -> None:
     parser.add_argument("--recipe", default="lookback_rl")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="seeds run at one time, each on one thread")
-    parser.add_argument("overrides", nargs="*", help="key=value, as for `reflectvlm train`")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="as for `reflectvlm train`"
+    )
     options = parser.parse_args()
     about = {
-        "command": f"python benchmarks/learning.py --recipe {options.recipe} --seeds "
-        + " ".join(map(str, [*options.seeds, *options.overrides]))
-        + f" --jobs {options.jobs}",
+        "command": shlex.join(["python", "benchmarks/learning.py", *sys.argv[1:]]),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread a seed",
         "torch": torch.__version__,
         "base_accuracy": base_accuracy(),
@@ -109,13 +111,14 @@ def main() -> None:
         os.environ["REFLECTVLM_CACHE"] = f"{root}/cache"  # every cold start is made anew
         os.environ["OMP_NUM_THREADS"] = "1"
         with ProcessPoolExecutor(options.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
-            jobs = [pool.submit(run, options.recipe, seed, options.overrides, root) for seed in options.seeds]
+            jobs = [pool.submit(run, options.recipe, seed, options.set, root) for seed in options.seeds]
             rows = [job.result() for job in jobs]
     folder = HERE / "results"
     folder.mkdir(exist_ok=True)
-    (folder / f"{options.recipe}.json").write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+    name = "-".join([options.recipe, *(override.replace("=", "-") for override in options.set)])
+    (folder / f"{name}.json").write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
     text = table(options.recipe, rows, about)
-    (folder / f"{options.recipe}.md").write_text(text)
+    (folder / f"{name}.md").write_text(text)
     print(text)
 
 

@@ -72,6 +72,12 @@ def test_number(text: str, value: Fraction | int | None) -> None:
         ("AB", None), ("ABCD", None), ("A or B", None), ("A, B", None), ("None of the above", None),
         ("A dog", None),
         ("Because", None), ("", None), ("12", None), ("answer" + " " * 100_000 + "dog", None),
+        ("(A) or (B)", None), ("A. or B", None), ("(a)(b)", None), ("A. B", None), ("A) cat B) dog", None),
+        ("(A) cat (B) dog", None), ("a. or b", None), ("a) b)", None), ("(A)/b", None), ("(a) b", None),
+        ("A: cat and B: dog", None), ("The answer is (A) or (B).", None), ("(A), (B), (C), (D)", None),
+        ("A. AND B", None), ("B. cat or A dog", None), ("**A.** B", None), ("A." + " (" * 50_000, "A"),
+        ("(B) B", "B"), ("A. a dog", "A"), ("B. A dog", "B"), ("B. a cat or a dog", "B"), ("B. I am", "B"),
+        ("B. x and y", "B"), ("B. f(x) = 2", "B"), ("B. 5 N", "B"), ("C. 25 °C", "C"), ("A. X-ray", "A"),
     ],
 )  # fmt: skip
 def test_letter(text: str, letter: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from reflectvlm.config import SHORT_NAMES, compose, load_recipe
 from reflectvlm.models.tiny import tiny_folder
 from reflectvlm.recipe_check import RecipeError
 from reflectvlm.recipe_files import find_recipe, recipes, recipes_folder
+from reflectvlm.rewards.isolation import shared_worker
 from reflectvlm.train.rl import RLTrainer
 from reflectvlm.train.run import RunResult
 from reflectvlm.train.sft import SFTTrainer
+from reflectvlm.types import Prompt, Rollout, Sample
 
 SMALL = ("prompts_per_step=1", "group_size=2", "sampling.max_tokens=4", "evaluation=null", "test=null")
 
@@ -307,6 +310,62 @@ def test_identity_is_what_decides_the_result(tiny: Path, tmp_path: Path) -> None
     weights = moved / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     assert stages.stage_name("lookback_sft", there) != base
+
+
+def named(values: dict[str, Any]) -> str:
+    return stages.stage_name("lookback_sft", values)
+
+
+def test_files_that_a_recipe_names_count_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Corrected rows, a new instruction or a changed reward file found the cold start of the old ones."""
+    monkeypatch.chdir(tmp_path)
+    values: dict[str, Any] = {
+        "data": {"path": "rows.jsonl", "more": [{"path": ["part.csv"]}]},
+        "instruction": {"name": "own.txt"},
+        "rubric": {"x": {"function": "my_rewards.py:short"}},
+        "note": "x" * 5000 + "\0",
+    }
+    files = [tmp_path / name for name in ("rows.jsonl", "part.csv", "own.txt", "my_rewards.py")]
+    names = [named(values)]
+    for file in files:
+        for text in ("one", "two"):
+            file.write_text(text)
+            names.append(named(values))
+    assert len(set(names)) == 9
+    files[0].write_text("one")
+    files[0].write_text("two")
+    assert named(values) == names[-1], "content counts, not the time it was written"
+
+
+def test_a_folder_of_rows_counts_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard added to a folder is other data; a folder called like a split is none."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "train").mkdir()
+    values = {"data": {"data": {"path": "rows", "split": "train"}}}
+    empty = named(values)
+    (tmp_path / "train" / "x").write_text("")
+    assert named(values) == empty
+    (tmp_path / "rows" / "a.jsonl").write_text("{}")
+    assert named(values) != empty
+
+
+def test_the_recipe_of_the_contributing_page_builds(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The example of a reward in a recipe named an argument that its rubric does not have."""
+    page = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(text)
+    (tmp_path / "my_rewards.py").write_text("def short(texts): return [2.0 for _ in texts]\n")
+    monkeypatch.chdir(tmp_path)
+    trainer = load_recipe("./mine.yaml", "start_from=null", f"policy.path={tiny}", *SMALL)
+    assert isinstance(trainer, RLTrainer)
+    prompt = Prompt(sample=Sample(id="s", question="?", answer="5"), spans=())
+    scored = trainer.rubric([Rollout(prompt=prompt, spans=(), text="no", stop="eos")])
+    assert scored.parts["short"] == (2.0,)
+    assert scored.rewards == pytest.approx((0.2,))  # wrong and without the format: 0.1 * 2
+    shared_worker(f"{tmp_path / 'my_rewards.py'}:short").close()
 
 
 def test_start_from_null_starts_from_the_policy_itself(tiny: Path) -> None:

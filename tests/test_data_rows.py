@@ -106,6 +106,16 @@ def test_marker_message() -> None:
     assert caught.value.reason == "markers differ from images"
 
 
+def test_a_message_is_one_line() -> None:
+    """An id or a column with a line end broke a log in which each skipped row has one line."""
+    with pytest.raises(BadRow) as caught:
+        read({"id": "a\nb", "question": "<image>", "answer": "1", "images": [PICTURE, PICTURE]})
+    assert str(caught.value).startswith("rows.jsonl:17: Sample 'a b' has 2 images")
+    with pytest.raises(BadRow) as caught:
+        read({"one\r\ntwo": 1})
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_images_keep_their_order() -> None:
     """Two columns, or a list, in another order than the markers mix up the pictures."""
     blue_red = [(0, 0, 255), (255, 0, 0)]

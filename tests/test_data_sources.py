@@ -384,6 +384,31 @@ def test_summary_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "'gone.png' does not exist" in data.report.skipped[1].message
 
 
+def test_every_skipped_row_has_a_line(tmp_path: Path) -> None:
+    """The summary names three places of a reason; the fourth bad row was written nowhere."""
+    rows = [line(i, images=[]) for i in range(5)]
+    path = written(tmp_path / "rows.jsonl", *rows, *["{}\n"] * 4, line(9, images="no.png"))
+    report = dataset(path, max_bad=1.0).report
+    lines = report.lines()
+    assert lines[0] == str(report)
+    assert [text.split(": ")[0] for text in lines[1:]] == [f"rows.jsonl:{i}" for i in range(6, 11)]
+    assert lines[-1].startswith("rows.jsonl:10: Image 'no.png' does not exist")
+    said = dataset(path, max_bad=1.0).filter(lambda s: "too\nlong" if s.question == "q1" else None)
+    assert said.report.lines()[-1] == "rows.jsonl:2: too long."
+
+
+def test_an_image_that_goes_after_the_scan(tmp_path: Path) -> None:
+    """A run must be able to pass over the row by one class of error; other rows stay readable."""
+    (tmp_path / "x.png").write_bytes(png())
+    (tmp_path / "y.png").write_bytes(png())
+    data = dataset(written(tmp_path / "rows.jsonl", line(1, images="x.png"), line(2, images="y.png")))
+    (tmp_path / "x.png").unlink()
+    with pytest.raises(BadRow, match=r"^rows.jsonl:1: Image 'x.png' does not exist") as caught:
+        data[0]
+    assert caught.value.position == "rows.jsonl:1"
+    assert data[1].question == "q2"
+
+
 def test_summary_numbers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Thousands are grouped, long lists end in dots, and a clean file is no warning."""
     path = written(tmp_path / "rows.jsonl", *[line(i) for i in range(1000)], *["{}\n"] * 5)

@@ -1,4 +1,4 @@
-"""The built-in task: right answers, fixed rows, and splits that share no handwriting."""
+"""The built-in task: right answers, fixed rows, and splits that share no scan."""
 
 from __future__ import annotations
 

@@ -33,6 +33,10 @@ def crash_at(trainer, step):
     return trainer
 
 
+def samples(folder):
+    return (folder / "samples.jsonl").read_text()
+
+
 @pytest.mark.parametrize("make", [small_rl, small_sft])
 @pytest.mark.parametrize("cut", [1, 2, 3, 4])
 def test_resumed_run_equals_unbroken_one(make, cut, tmp_path):
@@ -42,6 +46,7 @@ def test_resumed_run_equals_unbroken_one(make, cut, tmp_path):
         crash_at(make(tmp_path / "cut"), cut).run()
     resumed = make(tmp_path / "cut", output={"resume": "auto"}).run()
     assert logged(resumed.folder) == logged(whole.folder)
+    assert samples(resumed.folder) == samples(whole.folder)
     assert (resumed.before, resumed.after) == (whole.before, whole.after)
     weights = [load_file(run.model / "model.safetensors") for run in (whole, resumed)]
     assert all(bool((weights[0][name] == weights[1][name]).all()) for name in weights[0])
@@ -70,14 +75,15 @@ def test_forgetting_any_part_of_the_state_shows(forget, tmp_path, monkeypatch):
         return found
 
     genuine = loop._Loop._restore
-    whole = small_rl(tmp_path / "whole").run()
+    often = {"samples_every": 1}
+    whole = small_rl(tmp_path / "whole", output=often).run()
     with pytest.raises(Crash):
-        crash_at(small_rl(tmp_path / "cut"), 3).run()
+        crash_at(small_rl(tmp_path / "cut", output=often), 3).run()
     monkeypatch.setattr(loop._Loop, "_restore", restore)
-    resumed = small_rl(tmp_path / "cut", output={"resume": "auto"}).run()
-    if forget == "updates":  # it only labels rollouts
-        rows = [(run.folder / "samples.jsonl").read_text() for run in (whole, resumed)]
-        assert rows[0] != rows[1] or logged(resumed.folder) == logged(whole.folder)
+    resumed = small_rl(tmp_path / "cut", output=often | {"resume": "auto"}).run()
+    if forget == "updates":  # it labels rollouts and changes nothing learned
+        assert logged(resumed.folder) == logged(whole.folder)
+        assert samples(resumed.folder) != samples(whole.folder)
     else:
         assert logged(resumed.folder) != logged(whole.folder)
 
@@ -99,6 +105,35 @@ def test_resuming_a_finished_run_does_nothing(tmp_path):
     assert again.finished
     assert again.after == first.after
     assert (first.folder / "metrics.jsonl").read_bytes() == written
+
+
+def test_resume_takes_the_killed_run_not_the_finished_one(tmp_path):
+    """Bug: after a finished run and a killed second one, auto says that nothing is left to do."""
+    first = small_rl(tmp_path).run()
+    with pytest.raises(Crash):
+        crash_at(small_rl(tmp_path), 3).run()
+    second = small_rl(tmp_path, output={"resume": "auto"}).run()
+    assert second.folder == tmp_path / "rl-2"
+    assert logged(second.folder) == logged(first.folder)
+
+
+def test_resuming_reads_a_checkpoint_for_its_checksum_once(tmp_path, monkeypatch):
+    """Bug: the bytes of a large checkpoint are hashed twice before the first step."""
+    from reflectvlm.train import checkpoint
+
+    with pytest.raises(Crash):
+        crash_at(small_rl(tmp_path), 3).run()
+    whole = []
+    verify = checkpoint._verify
+
+    def counted(path, *, content=True):
+        whole.append(content)
+        return verify(path, content=content)
+
+    monkeypatch.setattr(checkpoint, "_verify", counted)
+    with pytest.raises(Crash):
+        crash_at(small_rl(tmp_path, output={"resume": "auto"}), 2).run()
+    assert whole == [True, False]
 
 
 def test_resume_by_path_and_its_error(tmp_path):

@@ -14,6 +14,7 @@ from reflectvlm import rewards
 from reflectvlm.rewards import (
     Accuracy,
     BackReward,
+    Custom,
     LengthPenalty,
     SoftOverlong,
     TagFormat,
@@ -121,6 +122,28 @@ def test_look_back_reward_and_rubric_agree() -> None:
         look_back_rubric(look_back(), w=1.5)
     with pytest.raises(ValueError, match=r"w=-1.0"):
         BackReward(layout=look_back(), w=-1.0)
+
+
+def test_look_back_rubric_with_further_rewards() -> None:
+    """A recipe could not add a term to the paper's reward; R itself must stay as it is."""
+    short = per_rollout(lambda _: 2.0)
+    scored = look_back_rubric(look_back(), extra={"short": short}, extra_weights={"short": 0.1})(
+        [rollout(GOOD)]
+    )
+    assert scored.rewards == pytest.approx((1.2,))  # 0.9 + 0.1 + 0.1 * 2
+    assert list(scored.parts) == ["accuracy", "format", "short"]
+    with pytest.raises(ValueError, match=r"extra reward called 'format'.*another name"):
+        look_back_rubric(look_back(), extra={"format": short}, extra_weights={"format": 0.1})
+    with pytest.raises(ValueError, match=r"rubric.weights lacks 'short'"):
+        look_back_rubric(look_back(), extra={"short": short})
+
+
+def test_an_accuracy_that_does_not_apply_leaves_the_format() -> None:
+    """None from a TRL grader must not end the group with a TypeError: 0.1 * 1 remains."""
+    silent = Custom(function=lambda texts: [None for _ in texts])
+    reward = BackReward(layout=look_back(), accuracy=silent)
+    rubric = look_back_rubric(look_back(), accuracy=silent)
+    assert reward([rollout(GOOD)]) == list(rubric([rollout(GOOD)]).rewards) == [pytest.approx(0.1)]
 
 
 def test_soft_overlong() -> None:

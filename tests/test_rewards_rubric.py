@@ -62,7 +62,6 @@ def test_weighted_sum_and_parts() -> None:
 BAD: list[tuple[Any, str]] = [
     (gives(math.nan, math.nan), "nan, not a finite number"),
     (gives(-math.inf, math.inf), "inf, not a finite number"),
-    (gives(None, None), "None, not a number"),
     (gives("1.0", "2.0"), "'1.0', not a number"),
     (gives([1], [2]), "TypeError"),
     (gives(1.0), "1 values for 2 rollouts"),
@@ -73,7 +72,7 @@ BAD: list[tuple[Any, str]] = [
     (lambda rollouts: sys.exit(1), "SystemExit: 1"),
     (gives(10**400, 10**400), "OverflowError"),
     (per_rollout(lambda rollout: 1 / 0), "ZeroDivisionError"),
-    (Custom(function=lambda texts: [None for _ in texts]), "nan, not a finite number"),
+    (Custom(function=lambda texts: [math.nan for _ in texts]), "nan, not a finite number"),
 ]
 
 
@@ -105,8 +104,41 @@ def test_one_bad_row_costs_one_row() -> None:
     scored = rubric(per_rollout(lambda rollout: 1 / int(rollout.text)))(group(3))
     assert scored.scored == (False, True, True)
     assert scored.rewards == (0.0, 1.5, 1.25)
-    mixed = rubric(gives(1.0, None, 2.0))(group(3))
+    mixed = rubric(gives(1.0, math.nan, 2.0))(group(3))
     assert mixed.scored == (True, False, True)
+
+
+@pytest.mark.parametrize("on_error", ["drop", "zero", "raise"])
+@pytest.mark.parametrize("lift", [lambda f: f, lambda f: Custom(function=f)])
+def test_none_is_no_failure(on_error: str, lift: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A TRL reward that says "does not apply" once unscored the row, with a warning for each."""
+    x = lift(lambda texts: [None, *[2.0] * (len(texts) - 1)])
+    scored = rubric(x, on_error, max_failures=0)(group(2))
+    assert scored.rewards == (1.0, 2.0)  # 1 alone; 1 + 0.5 * 2
+    assert scored.scored == (True, True)
+    assert math.isnan(scored.parts["x"][0])
+    assert scored.parts["x"][1] == 2.0
+    assert caplog.messages == []
+
+
+def test_no_reward_that_applies_leaves_a_rollout_unscored() -> None:
+    """A sum over nothing is no reward of 0; a statistic of weight 0 does not count as a reward."""
+    mixed = Rubric(
+        rewards={"a": gives(None, 1.0, None), "b": gives(None, None, None), "seen": gives(1.0, 1.0, 1.0)},
+        weights={"a": 1.0, "b": 1.0, "seen": 0.0},
+        on_error="zero",
+    )(group(3))
+    assert (mixed.rewards, mixed.scored) == ((0.0, 1.0, 0.0), (False, True, False))
+    measured = Rubric(rewards={"a": gives(None)}, weights={"a": 0.0})(group(1))
+    assert measured.scored == (True,)
+
+
+def test_none_and_a_failure_in_one_row() -> None:
+    """None beside NaN: the failure decides under drop, and counts as 0 under zero."""
+    rewards = {"a": gives(None), "b": gives(math.nan)}
+    weights = {"a": 1.0, "b": 1.0}
+    assert Rubric(rewards=rewards, weights=weights)(group(1)).scored == (False,)
+    assert Rubric(rewards=rewards, weights=weights, on_error="zero")(group(1)).scored == (True,)
 
 
 def test_weight_zero_is_measured_only() -> None:

@@ -14,6 +14,7 @@ import torch
 
 from reflectvlm.advantages import GroupMean
 from reflectvlm.data.digits import Digits
+from reflectvlm.data.rows import BadRow
 from reflectvlm.objectives import ClippedSurrogate
 from reflectvlm.rewards.lift import per_rollout
 from reflectvlm.rewards.rubric import Rubric
@@ -103,11 +104,12 @@ def test_overlong_filtering_leaves_out_what_was_cut(tmp_path: Path) -> None:
     before = weights(trainer)
     result = trainer.step(0)
     assert result.metrics["truncated"] > 0.5
-    assert not moved(trainer, before) or result.metrics["unscored"] < 1
+    assert result.metrics["unscored"] == pytest.approx(result.metrics["truncated"])
+    assert result.metrics["truncated"] < 1 or not moved(trainer, before)
 
 
 def test_over_long_prompts_are_named_and_passed_over(tmp_path: Path, caplog: Any) -> None:
-    """Bug: a prompt is cut inside its image, or dropped without a word (traps: truncated images)."""
+    """Bug: a prompt is cut inside its image, or dropped without a word."""
     long = dataclasses.replace(Digits()[0], id="long-row", question="why " * 300)
     trainer = trainer_with(
         tmp_path, per_rollout(remainder), data=[long, *Digits(size=3)], max_prompt_tokens=200
@@ -117,7 +119,7 @@ def test_over_long_prompts_are_named_and_passed_over(tmp_path: Path, caplog: Any
     assert "long-row" not in ids
     assert "long-row left out: its prompt has" in caplog.text
     nothing = trainer_with(tmp_path, per_rollout(remainder), data=[long], max_prompt_tokens=200)
-    with pytest.raises(ValueError, match="No row fits max_prompt_tokens=200"):
+    with pytest.raises(ValueError, match=r"2 rows in a row could not be used.*max_prompt_tokens=200"):
         nothing.next_prompts(1)
 
 
@@ -220,3 +222,36 @@ def test_rl_learns_what_is_rewarded(tmp_path: Path) -> None:
     )
     rewards = [trainer.step(step).metrics["reward"] for step in range(60)]
     assert sum(rewards[-5:]) / 5 > 0.1 + sum(rewards[:5]) / 5
+
+
+def test_equal_groups_stay_in_the_mean_when_asked(tmp_path: Path) -> None:
+    """Bug: GRPO's token mean and KL silently leave out the groups whose rewards are all equal."""
+
+    @per_rollout
+    def second_prompt_only(rollout: Rollout) -> float:
+        return remainder(rollout) if rollout.prompt.sample.id.endswith("1") else 1.0
+
+    rows = {}
+    for keep in (False, True):
+        trainer = trainer_with(tmp_path, second_prompt_only, data=Digits(), keep_equal_groups=keep)
+        counted = trainer.sample_groups(0)
+        trained = [g for g in counted if any(g.scored)] if keep else [g for g in counted if g.has_signal]
+        rows[keep] = len(trainer.batch(trained))
+        assert "loss" in trainer.step(0).metrics
+    assert rows == {False: 3, True: 6}
+
+
+def test_a_row_that_breaks_during_the_run_is_passed_over(tmp_path: Path, caplog: Any) -> None:
+    """Bug: an image deleted after the first scan ends a run of days."""
+
+    class Breaking(list[Sample]):
+        def __getitem__(self, index: Any) -> Any:
+            if index == 0:
+                raise BadRow("rows.jsonl:1", "images", "the file is gone", "Put it back.")
+            return super().__getitem__(index)
+
+    trainer = trainer_with(tmp_path, per_rollout(remainder), data=Breaking(Digits(size=4)))
+    with caplog.at_level(logging.WARNING, "reflectvlm"):
+        ids = {prompt.sample.id for prompt in trainer.next_prompts(4)}
+    assert "rows.jsonl:1" in caplog.text
+    assert len(ids) == 3

@@ -48,22 +48,83 @@ def test_an_existing_run_is_never_written_over(tmp_path: Path) -> None:
             names.append(run.path.name)
     assert names == ["a", "a-2", "a-3"]
     with make(tmp_path, resume="auto") as again:
-        assert (again.path.name, again.resumed) == ("a", True)
+        assert (again.path.name, again.resumed) == ("a-3", True)
     with make(tmp_path, "b", resume="auto") as fresh:
         assert (fresh.path.name, fresh.resumed) == ("b", False)
 
 
-def test_a_changed_recipe_keeps_the_earlier_one(tmp_path: Path) -> None:
-    """Prevents a resume with other settings from rewriting what the first part was trained with."""
-    make(tmp_path).close()
-    for text in ("steps: 3\n", "steps: 5\n", "steps: 7\n"):
-        RunFolder.create(tmp_path, "a", recipe_yaml=text, overrides=(), resume="auto").close()
+RECIPE = "name: a\nsteps: 3\noptimizer: {lr: 0.1}\nclip: []\noutput: {keep: 2}\n"
+
+
+def take(root: Path, recipe: str | None = RECIPE, resume: str = "auto", *, finish: bool = False) -> str:
+    """Name of the folder that a start gets."""
+    with RunFolder.create(root, "a", recipe_yaml=recipe, overrides=(), resume=resume) as run:
+        if finish and not run.finished:
+            run.write_summary({}, "# Done")
+        return run.path.name
+
+
+def test_another_output_keeps_the_earlier_recipe(tmp_path: Path) -> None:
+    """Prevents a resume from rewriting what the first part was run with, and a finished run from
+    being described by a start that did nothing."""
+    texts = [RECIPE, RECIPE.replace("keep: 2", "keep: 3"), RECIPE.replace("keep: 2", "keep: 4")]
+    for text in (texts[0], texts[0], *texts[1:]):
+        assert take(tmp_path, text) == "a"
+    assert take(tmp_path, texts[2], finish=True) == "a"
+    assert take(tmp_path, texts[0]) == "a"  # finished: nothing is written any more
     found = {p.name: p.read_text() for p in (tmp_path / "a").glob("recipe*")}
-    assert found == {
-        "recipe.yaml": "steps: 7\n",
-        "recipe.1.yaml": "steps: 3\n",
-        "recipe.2.yaml": "steps: 5\n",
-    }
+    assert found == {"recipe.yaml": texts[2], "recipe.1.yaml": texts[0], "recipe.2.yaml": texts[1]}
+
+
+def test_auto_takes_the_newest_unfinished(tmp_path: Path) -> None:
+    """Prevents "finished; nothing to do" where a later run of the name was killed."""
+    take(tmp_path, finish=True)
+    for expected in ("a-2", "a-3"):
+        assert take(tmp_path, resume="never") == expected
+    for number in range(4, 11):  # 10 is newer than 9, though not as a text
+        (tmp_path / f"a-{number}").mkdir()
+    assert take(tmp_path, finish=True) == "a-10"
+    assert take(tmp_path) == "a-9"
+    for other in ("a-b", "a-02", "a-1", "b-99"):
+        (tmp_path / other).mkdir()
+    (tmp_path / "a-98").touch()
+    assert take(tmp_path) == "a-9"
+
+
+def test_auto_where_all_are_finished(tmp_path: Path) -> None:
+    """Prevents another recipe's result from being given out as this one's, and a repeated start from
+    training again."""
+    other = RECIPE.replace("steps: 3", "steps: 5")
+    assert [take(tmp_path, text, finish=True) for text in (RECIPE, RECIPE)] == ["a", "a"]
+    assert [take(tmp_path, text, finish=True) for text in (other, other)] == ["a-2", "a-2"]
+    assert take(tmp_path) == "a"
+    assert take(tmp_path, None) == "a-2"  # no recipe, no comparison: the newest
+
+
+def test_another_recipe_is_refused(tmp_path: Path) -> None:
+    """Prevents one curve of two recipes; the line names what differs. The lock is given back."""
+    take(tmp_path)
+    other = RECIPE.replace("steps: 3", "steps: 5").replace("0.1", "0.2").replace("clip: []", "seed: 1")
+    expected = (
+        r"a is unfinished and was started with another recipe: clip \[\] → \(not given\), "
+        r"optimizer\.lr 0\.1 → 0\.2, seed \(not given\) → 1, steps 3 → 5\. .*resume=never"
+    )
+    with pytest.raises(ValueError, match=expected) as caught:
+        take(tmp_path, other)
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "a" / "lock.json").read_text() == ""
+    with pytest.raises(ValueError, match="steps 3 → 5"):
+        RunFolder.reopen(tmp_path / "a", recipe_yaml=other, overrides=())
+    assert (tmp_path / "a" / "recipe.yaml").read_text() == RECIPE
+    assert take(tmp_path, None) == "a"
+    assert take(tmp_path, other, resume="never") == "a-2"
+
+
+def test_a_run_that_is_named_like_a_number(tmp_path: Path) -> None:
+    """Prevents `name=a` from being refused because of an unfinished run named `a-7`."""
+    take(tmp_path)
+    RunFolder.create(tmp_path, "a-7", recipe_yaml="name: a-7\n", overrides=()).close()
+    assert take(tmp_path) == "a"
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a\\b"])

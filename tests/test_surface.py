@@ -20,6 +20,7 @@ NAMES = [
     "Accuracy",
     "AdamW",
     "ClippedSurrogate",
+    "Custom",
     "DigitTraces",
     "Digits",
     "Evaluation",
@@ -43,10 +44,13 @@ NAMES = [
     "Visual",
     "__version__",
     "dataset",
+    "instruction",
     "load_policy",
     "load_recipe",
     "look_back",
     "look_back_rubric",
+    "per_rollout",
+    "shapes",
 ]
 
 PACKAGES = {
@@ -67,7 +71,7 @@ PROTOCOLS = {
     "Advantage": "__call__",
     "DecodeState": "inserted prompt sampled text",
     "Objective": "__call__",
-    "Policy": "batch decode features module prompt reserved_ids save score",
+    "Policy": "answer batch decode features module prompt prompt_length reserved_ids save score",
     "Reattention": "__call__ trigger",
     "Reward": "__call__",
     "RolloutEngine": "generate",

@@ -19,7 +19,7 @@ from reflectvlm.objectives import KL, CrossEntropy, dapo, grpo
 from reflectvlm.protocols import Objective
 from reflectvlm.train.optim import AdamW
 from reflectvlm.train.runtime import Runtime
-from reflectvlm.train.update import NonFinite, Updater, loss_inputs
+from reflectvlm.train.update import NonFinite, Updater, image_parts, loss_inputs
 from reflectvlm.types import Prompt, Spans, Text, Visual
 
 TOLERANCE = 1e-5
@@ -265,3 +265,20 @@ def test_all_modules_return_to_what_decoding_needs(policy: QwenVL) -> None:
             policy.score(batch, policy.features(batch.images)) for _ in map(module.train, (True, False))
         ]
     assert torch.equal(scores[0].logprobs, scores[1].logprobs)
+
+
+def test_many_images_are_encoded_in_parts(policy: QwenVL) -> None:
+    """Bug: `micro_rows` bounds the language model's memory while all images of an update go through
+    the vision tower at once; or the second pass loses part of its gradient."""
+    rows = [(make_prompt(policy, seed), answer(3)) for seed in range(5)]
+    batch = policy.batch(rows)
+    batch = dataclasses.replace(batch, advantages=torch.linspace(-1, 1, 5), old_logprobs=batch.old_logprobs)
+    assert [len(part) for part in image_parts(batch, 2)] == [2, 2, 1]
+    gradients = []
+    for size in (5, 2):
+        twin = dataclasses.replace(policy, model=copy.deepcopy(policy.model))
+        make_updater(twin, CrossEntropy(), size)._accumulate(batch)
+        gradients.append([p.grad for p in twin.module.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1])
+    for one, other in zip(*gradients, strict=True):
+        assert (one - other).abs().max() <= TOLERANCE * max(1.0, float(one.abs().max()))

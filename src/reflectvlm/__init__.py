@@ -14,13 +14,17 @@ if TYPE_CHECKING:
     from reflectvlm.config import load_recipe
     from reflectvlm.data.digit_traces import DigitTraces
     from reflectvlm.data.digits import Digits
+    from reflectvlm.data.instructions import instruction
+    from reflectvlm.data.shapes import shapes
     from reflectvlm.data.sources import dataset
     from reflectvlm.models.qwen_vl import load_policy
     from reflectvlm.objectives import KL, ClippedSurrogate
     from reflectvlm.reattention import Implicit
     from reflectvlm.rewards.accuracy import Accuracy
     from reflectvlm.rewards.back import look_back_rubric
+    from reflectvlm.rewards.custom import Custom
     from reflectvlm.rewards.layout import TagFormat
+    from reflectvlm.rewards.lift import per_rollout
     from reflectvlm.rewards.rubric import Rubric
     from reflectvlm.rollout.engine import InProcessEngine
     from reflectvlm.tags import look_back
@@ -46,6 +50,7 @@ _HOME = {
     "Accuracy": "reflectvlm.rewards.accuracy",
     "AdamW": "reflectvlm.train.optim",
     "ClippedSurrogate": "reflectvlm.objectives",
+    "Custom": "reflectvlm.rewards.custom",
     "DigitTraces": "reflectvlm.data.digit_traces",
     "Digits": "reflectvlm.data.digits",
     "Evaluation": "reflectvlm.train.evaluate",
@@ -68,10 +73,13 @@ _HOME = {
     "Text": "reflectvlm.types",
     "Visual": "reflectvlm.types",
     "dataset": "reflectvlm.data.sources",
+    "instruction": "reflectvlm.data.instructions",
     "load_policy": "reflectvlm.models.qwen_vl",
     "load_recipe": "reflectvlm.config",
     "look_back": "reflectvlm.tags",
     "look_back_rubric": "reflectvlm.rewards.back",
+    "per_rollout": "reflectvlm.rewards.lift",
+    "shapes": "reflectvlm.data.shapes",
 }
 
 __all__ = [
@@ -79,6 +87,7 @@ __all__ = [
     "Accuracy",
     "AdamW",
     "ClippedSurrogate",
+    "Custom",
     "DigitTraces",
     "Digits",
     "Evaluation",
@@ -101,10 +110,13 @@ __all__ = [
     "Visual",
     "__version__",
     "dataset",
+    "instruction",
     "load_policy",
     "load_recipe",
     "look_back",
     "look_back_rubric",
+    "per_rollout",
+    "shapes",
 ]
 
 

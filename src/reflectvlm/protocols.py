@@ -118,6 +118,14 @@ class Policy(Protocol):
         token it spells."""
         ...
 
+    def prompt_length(self, prompt: Prompt) -> int:
+        """Tokens of a prompt, visual tokens counted."""
+        ...
+
+    def answer(self, text: str) -> Spans:
+        """A gold answer as one trained span that ends its turn."""
+        ...
+
     def batch(self, sequences: Sequence[tuple[Prompt, Spans]]) -> Batch:
         """Rows of prompt + answer spans -> one batch on the policy's device."""
         ...

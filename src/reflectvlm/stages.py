@@ -1,9 +1,11 @@
 """What a recipe starts from: the identity of a cold start, and the folder its model is kept in.
 
 A stage is named by a hash of everything that decides its result: the composed recipe, this package's
-version and the weights it starts from. What changes no result (`output`, `evaluation`, `test`, the
-run's name) is left out. Left out as well: changes of the code within one version; delete the folder
-to make the stage anew.
+version, the weights it starts from and the files that the recipe names (rows, a `.txt` instruction, the
+file of a `file.py:function`) by their content. A folder of rows counts by its files' names, sizes and
+times. What changes no result (`output`, `evaluation`, `test`, the
+run's name) is left out. Left out as well: changes of the code within one version, of images that rows
+name and of modules that a named file imports; delete the folder to make the stage anew.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ def stage_name(recipe: str, values: Mapping[str, Any]) -> str:
     weights = weights_digest(start.get("path"))
     if weights:  # the same weights in another folder are the same start
         kept["policy"] = {**start, "path": weights}
-    text = json.dumps([kept, __version__], sort_keys=True, default=str)
+    text = json.dumps([_with_contents(kept), __version__], sort_keys=True, default=str)
     return f"{Path(recipe).stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
@@ -55,8 +57,7 @@ def weights_digest(path: Any) -> str | None:
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(_content(file))
     return digest.hexdigest()
 
 
@@ -89,6 +90,39 @@ def finished_model(folder: Path) -> Path | None:
             f"{folder} is a finished cold start without a model. Delete the folder to make it anew."
         )
     return folder / "model"
+
+
+def _with_contents(value: Any, key: str = "", in_data: bool = False) -> Any:
+    """`value` with a digest beside every text in it that is the name of something on this disk."""
+    if isinstance(value, Mapping):
+        return {
+            name: _with_contents(inner, str(name), in_data or name == "data") for name, inner in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_with_contents(inner, key, in_data) for inner in value]
+    if not isinstance(value, str):
+        return value
+    for name in (value, value.rpartition(":")[0]):
+        path = os.path.expanduser(name)
+        if os.path.isfile(path):  # unlike Path.is_file, takes any text, however long
+            return [value, _content(Path(path)).hex()]
+    folder = Path(os.path.expanduser(value))
+    # Under other keys a word like "train" is no folder, even if one here is called so.
+    if in_data and key == "path" and folder.is_dir():
+        return [value, _listing(folder)]
+    return value
+
+
+def _content(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
+
+
+def _listing(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of all files: content would be read in full for every run."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    states = [(file, file.stat()) for file in files]
+    return [(str(file.relative_to(folder)), state.st_size, state.st_mtime_ns) for file, state in states]
 
 
 def _problem(folder: Path) -> str | None:

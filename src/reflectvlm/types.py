@@ -266,6 +266,10 @@ class SamplingParams:
             ("top_k", self.top_k, self.top_k >= 0, "0 or more; 0 keeps all"),
             ("min_p", self.min_p, 0 <= self.min_p < 1, "in [0, 1); 0 keeps all"),
         ]
+        if isinstance(self.stop, str):
+            raise ValueError(  # noqa: TRY004 - what a user wrote in a recipe
+                f"SamplingParams.stop is {self.stop!r}. It is a list of strings: stop=[{self.stop!r}]."
+            )
         for name, value, holds, rule in rules:
             if not holds:
                 raise ValueError(f"SamplingParams.{name} is {value}. It must be {rule}.")

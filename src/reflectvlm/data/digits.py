@@ -5,7 +5,8 @@ Recognition of Handwritten Digits" set (CC BY 4.0), enlarged, shifted and set on
 Questions need one or several looks: read, add, subtract, compare, count.
 
 The three splits are made of *different scans* (1,197 / 200 / 400 of the 1,797), so a page of the test
-split shows no handwriting that training has seen. Training rows are unlimited: row i of a split
+split shows no scan that training has seen. The writers are not kept apart: the split is by scan, after
+a shuffle, and the same people wrote digits of all three. Training rows are unlimited: row i of a split
 depends on (seed, split, i) alone. Validation and test are fixed: they do not depend on the seed.
 """
 

@@ -42,7 +42,7 @@ class Skipped(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What became of the rows. `str(report)` is the summary line.
+    """What became of the rows. `str(report)` is the summary line, `report.lines()` names every row.
 
     Example: `kept 998 of 1,000 rows; 2 skipped: missing image 1 (rows.jsonl:17), empty answer 1
     (rows.jsonl:40)`
@@ -53,6 +53,10 @@ class Report:
     skipped: tuple[Skipped, ...] = ()
     without_images: int = 0
     """Kept rows that have no image."""
+
+    def lines(self) -> list[str]:
+        """The summary, then one line for each skipped row: its place, what is wrong, the remedy."""
+        return [str(self), *(" ".join(row.message.splitlines()) for row in self.skipped)]
 
     @property
     def reasons(self) -> Mapping[str, tuple[str, ...]]:
@@ -74,7 +78,13 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset(Sequence[Sample]):
-    """Good rows as `Sample`s, read when asked for."""
+    """Good rows as `Sample`s, read when asked for.
+
+    Since a row is read again, one that was good may have become bad: an image deleted, a web address
+    gone. `data[i]` then raises `BadRow` (`reflectvlm.data.rows`), whose `position` names the row and
+    whose text is one line; other rows are not touched by it. A file of rows that changed after it was
+    opened is a `ValueError`: the places kept are then those of another file.
+    """
 
     rows: Rows
     read: Callable[[Row, str], Sample]

@@ -55,7 +55,11 @@ class Columns:
 
 
 class BadRow(ValueError):
-    """A row that cannot be used. `reason` is short, for counting; the text is for reading."""
+    """A row that cannot be used, at the scan or later, when its image has gone since.
+
+    `position` is its place, e.g. `"rows.jsonl:17"`; `reason` is short, for counting; the text is one
+    line, for reading.
+    """
 
     def __init__(self, position: str, field: str, reason: str, remedy: str, detail: str = "") -> None:
         # Everything in `args`, so that the error survives pickling on its way out of a worker.
@@ -64,7 +68,8 @@ class BadRow(ValueError):
         self.detail = detail or f"{reason} in column '{field}'."
 
     def __str__(self) -> str:
-        return f"{self.position}: {self.detail} {self.remedy}"
+        # An id or a column's name may hold a line end.
+        return " ".join(f"{self.position}: {self.detail} {self.remedy}".splitlines())
 
 
 def read_row(row: Row, position: str, columns: Columns, limits: ImageLimits, root: Path) -> Sample:

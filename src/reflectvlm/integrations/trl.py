@@ -42,7 +42,8 @@ def as_trl_reward(
 
     Adjacent rows with the same `id` column, or without one with equal prompt, answer and images, are one
     group. Where TRL spreads a group over processes, each process sees its part of it.
-    An exception of the reward ends TRL's run; NaN or inf becomes None, which TRL leaves out of its group.
+    An exception of the reward ends TRL's run; None, NaN and inf become None, which TRL leaves out of its
+    group.
     """
     return TrlReward(
         reward=reward,
@@ -65,7 +66,8 @@ def from_trl(
     The gold answer comes as `answer_column` too, since TRL's data sets name it as they please;
     `trainer_state` is None, `log_extra` and `log_metric` do nothing. `timeout` and `conversational`
     are those of `Custom`, which also runs functions by name in a process of their own.
-    A None it returns (its way to say "does not apply") becomes NaN, which a rubric takes for no value.
+    A None it returns (its way to say "does not apply") stays None: a rubric leaves that reward out of
+    the rollout's sum, and takes it for no failure.
     """
     return Custom(
         function=TrlCall(function=function, answer_column=answer_column),
@@ -144,7 +146,8 @@ class TrlReward:
         )
 
     def _scores(self, group: Sequence[Rollout]) -> list[float | None]:
-        values = [float(value) for value in self.reward(group)]
+        given: Sequence[float | None] = self.reward(group)  # None: does not apply, as in a rubric
+        values = [math.nan if value is None else float(value) for value in given]
         if len(values) != len(group):
             raise ValueError(
                 f"Reward {self.name!r} gave {len(values)} values for {len(group)} rollouts of one prompt. "

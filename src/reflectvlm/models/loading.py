@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
+Attention = Literal["auto", "eager", "sdpa"]
 
 
 def image_processor_class() -> Any:
@@ -52,7 +52,7 @@ def load_model(path: str, *, dtype: Dtype, attention: Attention, trust_remote_co
     if config.model_type not in families:
         raise ValueError(
             f"{path!r} is a {config.model_type!r} model. This policy knows the families {families}; "
-            "a new family needs a Policy of its own (docs/design.md, 'Policies')."
+            "a new family needs a policy of its own, see docs/design.md, 'Policies'."
         )
     chosen = {} if attention == "auto" else {"attn_implementation": attention}
     model = AutoModelForImageTextToText.from_pretrained(

@@ -113,9 +113,9 @@ class QwenVL:
         spare = range(len(self.tokenizer), self.model.lm_head.weight.shape[0])
         return tuple(sorted({*vision, *spare}))
 
-    @functools.cached_property
+    @property
     def banned(self) -> Int[Tensor, " R"]:
-        return torch.tensor(self.reserved_ids, device=self.device)
+        return _on_device(self.reserved_ids, self.device)
 
     def prompt(self, sample: Sample, instruction: Instruction) -> Prompt:
         spans = chat_spans(self.tokenizer, self.vision, sample, instruction)
@@ -257,3 +257,8 @@ class QwenVL:
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
+
+
+@functools.lru_cache(maxsize=16)
+def _on_device(ids: tuple[int, ...], device: torch.device) -> Int[Tensor, " R"]:
+    return torch.tensor(ids, device=device)

@@ -33,8 +33,17 @@ _LATEX_RATIO = re.compile(rf"([+-]?)\\[dt]?frac\{{({_DECIMAL})\}}\{{({_DECIMAL})
 _WRAPPER = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mathit)\s*\{([^{}]*)\}")
 _CHOICE = re.compile(
     r"(?:(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?:? ?)?"
-    r"(?:\( ?([A-Z]) ?\)|([A-Z]) ?(?:[.):]|$)).*",
+    r"(?:\( ?([A-Z]) ?\)|([A-Z]) ?(?:[.):]|$))(.*)",
     re.IGNORECASE,
+)
+# Another option behind the first: "(b)" but not "f(b)"; a capital that is neither the word A or I, nor a
+# unit as in "5 N", nor the start of "X-ray"; a letter after "or"; a small letter that begins the rest.
+_SECOND = re.compile(
+    r"(?<!\w)\( ?([A-Za-z]) ?\)"
+    r"|(?<![\w°}])(?<!\d )(?![AI][ '’][a-z])([A-Z])(?!-?\w)"
+    r"|\b(?:or|and|OR|AND) ([A-Z])(?!-?\w)"
+    r"|^ ?(?:or |and |OR |AND |[,;/&+] ?)([A-Za-z])(?!\w)"
+    r"|^ ?([a-z]) ?(?:[.)]|$)"
 )
 _MATHS_SIGN = re.compile(r"[\\^=<>√π∞±×÷·°]")
 _MATHS_BETWEEN = re.compile(r"[-+*/()\[\]{}|]")
@@ -59,9 +68,16 @@ def extract_tag(text: str, tag: str) -> str | None:
 
 
 def extract_letter(answer: str) -> str | None:
-    r"""The letter of a choice: `B`, `(b)`, `B. 12 cm`, `\text{B}`, `option B`; not `AB`, `A or B`."""
+    r"""The letter of a choice: `B`, `(b)`, `B. 12 cm`, `\text{B}`, `option B`; not `AB`, `A or B`.
+
+    None too if what follows the letter names another option: `(A) or (B)`, `A. or B`, `(a)(b)`.
+    """
     match = _CHOICE.fullmatch(" ".join(_unwrap(answer).strip("*").split()))
-    return (match[1] or match[2]).upper() if match else None
+    if match is None:
+        return None
+    letter = (match[1] or match[2]).upper()
+    others = (second[second.lastindex or 0].upper() for second in _SECOND.finditer(match[3]))
+    return letter if all(other == letter for other in others) else None
 
 
 def extract_number(answer: str) -> Fraction | None:

@@ -7,7 +7,7 @@ The paper gives the two terms, not the weight; 0.1 is EasyR1's default, on which
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -33,16 +33,34 @@ class BackReward:
 
     def __call__(self, group: Sequence[Rollout], /) -> list[float]:
         accuracy, layout = self.accuracy(group), TagFormat(layout=self.layout)(group)
-        return [(1 - self.w) * a + self.w * f for a, f in zip(accuracy, layout, strict=True)]
+        # An accuracy may say None, "does not apply", as in a rubric: the format alone then counts.
+        values: list[float | None] = list(accuracy)
+        return [
+            (0.0 if a is None else (1 - self.w) * a) + self.w * f for a, f in zip(values, layout, strict=True)
+        ]
 
 
-def look_back_rubric(layout: Layout, w: float = 0.1, accuracy: Reward | None = None) -> Rubric:
-    """R as a rubric with the parts `accuracy` (weight 1 - w) and `format` (weight w)."""
+def look_back_rubric(
+    layout: Layout,
+    w: float = 0.1,
+    accuracy: Reward | None = None,
+    *,
+    extra: Mapping[str, Reward] | None = None,
+    extra_weights: Mapping[str, float] | None = None,
+) -> Rubric:
+    """R as a rubric with the parts `accuracy` (weight 1 - w) and `format` (weight w).
+
+    `extra` are further rewards by name, added with `extra_weights`; the two weights of R stay as they are.
+    """
     _check_weight("look_back_rubric", w)
-    return Rubric(
-        rewards={"accuracy": accuracy or Accuracy(), "format": TagFormat(layout=layout)},
-        weights={"accuracy": 1 - w, "format": w},
-    )
+    rewards: dict[str, Reward] = {"accuracy": accuracy or Accuracy(), "format": TagFormat(layout=layout)}
+    weights = {"accuracy": 1 - w, "format": w}
+    if taken := sorted(set(rewards) & {*(extra or ()), *(extra_weights or ())}):
+        raise ValueError(
+            f"look_back_rubric has an extra reward called {taken[0]!r}, which is a part of its own. "
+            "Choose another name; `accuracy` and `w` change the parts it has."
+        )
+    return Rubric(rewards={**rewards, **(extra or {})}, weights={**weights, **(extra_weights or {})})
 
 
 def _check_weight(owner: str, w: float) -> None:

@@ -1,8 +1,8 @@
 """`Custom`: reward functions of users and of TRL, by name, by file or as an object.
 
 The calling convention is TRL's: keyword arguments `prompts`, `completions`, `completion_ids` and
-the data set's columns, each a list with one entry per rollout; the value is a list of numbers, or
-None where the function does not apply. A function gets what its signature names:
+the data set's columns, each a list with one entry per rollout; the value is a list of numbers, with
+None where the function does not apply to a rollout. A function gets what its signature names:
 
 | name | entry per rollout |
 |---|---|
@@ -24,7 +24,6 @@ Left out: TRL's `trainer_state`, `log_extra` and `log_metric`, which belong to i
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,12 +75,9 @@ class Custom:
         return self.name or (self.function if isinstance(self.function, str) else _name(self.function))
 
     def __call__(self, group: Sequence[Rollout], /) -> Any:
-        """What the function gave, None as NaN. It may be anything at all: the rubric looks at it."""
+        """What the function gave. It may be anything at all: the rubric looks at it."""
         rollouts = tuple(group)
-        values = self._by_name(rollouts) if isinstance(self.function, str) else self._here(rollouts)
-        if not isinstance(values, (list, tuple)):
-            return values
-        return [math.nan if value is None else value for value in values]
+        return self._by_name(rollouts) if isinstance(self.function, str) else self._here(rollouts)
 
     def _by_name(self, rollouts: tuple[Rollout, ...]) -> Any:
         assert isinstance(self.function, str)

@@ -2,6 +2,10 @@
 
     R_i = sum over names of weight[name] * reward[name](group)_i
 
+A reward may give None for a rollout: it does not apply there (TRL's convention). That is no failure;
+the sum is over the rewards that apply, and only a rollout to which none applies is unscored.
+NaN is a failure.
+
 This file is the boundary for rewards: whatever they raise or return, the batch stays finite and
 every failure is told once. Weight 0.0 means measured and logged only.
 """
@@ -41,7 +45,7 @@ class Rubric:
     rewards: Mapping[str, Reward]
     weights: Mapping[str, float]
     on_error: Literal["drop", "zero", "raise"] = "drop"
-    """What a failure (an exception, NaN, infinity, None, a wrong number of values) does to its
+    """What a failure (an exception, NaN, infinity, a text, a wrong number of values) does to its
     rollouts. drop: they are unscored. zero: the reward counts as 0. raise: `RewardFailure`."""
     max_failures: int | None = None
     """More failed values than this since the rubric was made raise `RewardFailure`; None is no limit."""
@@ -77,10 +81,13 @@ class Rubric:
     def __call__(self, group: Sequence[Rollout], /) -> ScoredGroup:
         rollouts = tuple(group)
         parts = {name: self._measure(name, rollouts) for name in self.rewards}
+        weighted = [name for name, weight in self.weights.items() if weight != 0]
         totals, scored = [0.0] * len(rollouts), [True] * len(rollouts)
         for row in range(len(rollouts)):
-            used = {name: parts[name][row] for name, weight in self.weights.items() if weight != 0}
-            if self.on_error == "drop" and any(map(math.isnan, used.values())):
+            values = {name: parts[name][row] for name in weighted}
+            used = {name: value for name, value in values.items() if value is not None}
+            none_applies = bool(weighted) and not used
+            if none_applies or (self.on_error == "drop" and any(map(math.isnan, used.values()))):
                 scored[row] = False
                 continue
             totals[row] = sum(
@@ -94,18 +101,21 @@ class Rubric:
         return ScoredGroup(
             rollouts=rollouts,
             rewards=tuple(totals),
-            parts={name: tuple(values) for name, values in parts.items()},
+            parts={
+                name: tuple(math.nan if value is None else value for value in values)
+                for name, values in parts.items()
+            },
             scored=tuple(scored),
         )
 
-    def _measure(self, name: str, rollouts: tuple[Rollout, ...]) -> list[float]:
-        """One reward's raw values; NaN where it failed, which has then been reported."""
+    def _measure(self, name: str, rollouts: tuple[Rollout, ...]) -> list[float | None]:
+        """One reward's raw values; None where it does not apply, NaN where it failed and was reported."""
         reward = self.rewards[name]
         if getattr(reward, "rowwise", False):
             return [self._ask(name, reward, (rollout,))[0] for rollout in rollouts]
         return self._ask(name, reward, rollouts)
 
-    def _ask(self, name: str, reward: Reward, rollouts: tuple[Rollout, ...]) -> list[float]:
+    def _ask(self, name: str, reward: Reward, rollouts: tuple[Rollout, ...]) -> list[float | None]:
         # Boundary: rewards are user code. sys.exit() in one must not end a training run either.
         try:
             values = _listed(reward(rollouts))
@@ -116,7 +126,9 @@ class Rubric:
             return [math.nan] * len(rollouts)
         return [self._number(name, value, rollout) for value, rollout in zip(values, rollouts, strict=True)]
 
-    def _number(self, name: str, value: Any, rollout: Rollout) -> float:
+    def _number(self, name: str, value: Any, rollout: Rollout) -> float | None:
+        if value is None:
+            return None
         try:
             return _finite(value)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's value may do anything in float()
@@ -150,7 +162,7 @@ def _listed(values: Any) -> list[Any]:
 
 
 def _finite(value: Any) -> float:
-    if value is None or isinstance(value, (str, bytes)):
+    if isinstance(value, (str, bytes)):
         raise TypeError(f"it gave {_short(value)}, not a number")
     number = float(value)
     if not math.isfinite(number):

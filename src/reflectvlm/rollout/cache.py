@@ -64,7 +64,7 @@ class SlotCache:
         **__: object,
     ) -> tuple[Float[Tensor, "R H S D"], Float[Tensor, "R H S D"]]:
         """Called by each attention layer: stores the new keys and values, returns all of the rows'."""
-        stored = self._room(layer_idx, key)
+        stored = self._room(layer_idx, (key, value))
         rows = torch.arange(len(key), device=key.device) if self._rows is None else self._rows
         for store, new in zip(stored, (key, value), strict=True):
             store[rows[:, None], :, self._columns] = new.transpose(1, 2)
@@ -92,17 +92,17 @@ class SlotCache:
         del layer_idx
         return int(self.lengths.max()) if len(self) else 0
 
-    def _room(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's storage, grown by half at least when rows or columns no longer fit."""
-        heads, size = like.shape[1], like.shape[3]
+    def _room(self, layer: int, like: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The layer's storage, grown by half at least when rows or columns no longer fit. Keys and
+        values may differ in dtype: under autocast, rotated keys are float32 and values are not."""
         old = self._layers.get(layer)
         have = (0, 0) if old is None else (old[0].shape[0], old[0].shape[2])
-        if old is None or have[0] < len(self) or have[1] < self._width:
-            rows = max(len(self), have[0])
-            columns = have[1] if have[1] >= self._width else max(self._width, have[1] * 3 // 2)
-            new = tuple(like.new_zeros(rows, heads, columns, size) for _ in range(2))
-            if old is not None:
-                for store, previous in zip(new, old, strict=True):
-                    store[: have[0], :, : have[1]] = previous
-            self._layers[layer] = (new[0], new[1])
-        return self._layers[layer]
+        if old is not None and have[0] >= len(self) and have[1] >= self._width:
+            return old
+        rows = max(len(self), have[0])
+        columns = have[1] if have[1] >= self._width else max(self._width, have[1] * 3 // 2)
+        keys, values = (one.new_zeros(rows, one.shape[1], columns, one.shape[3]) for one in like)
+        if old is not None:
+            keys[: have[0], :, : have[1]], values[: have[0], :, : have[1]] = old
+        self._layers[layer] = (keys, values)
+        return keys, values

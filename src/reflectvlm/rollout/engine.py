@@ -14,10 +14,9 @@ Left out here: CUDA graphs and partial rollouts.
 
 from __future__ import annotations
 
-import functools
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -43,6 +42,7 @@ class InProcessEngine:
     policy: QwenVL
     max_rows: int = 64
     """Rows decoded at one time; bounds the memory of the cache."""
+    _watches: dict[tuple[str, ...], TextWatch] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.max_rows < 1:
@@ -84,11 +84,12 @@ class InProcessEngine:
     def _trigger_watch(self, trigger: str | None) -> TextWatch:
         return self._watch(() if trigger is None or self._single_id(trigger) >= 0 else (trigger,))
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019 - engines live as long as their run
     def _watch(self, texts: tuple[str, ...]) -> TextWatch:
-        policy = self.policy
-        vocabulary = policy.model.lm_head.weight.shape[0] if texts else 1
-        return TextWatch.create(texts, policy.decode, vocabulary, policy.device)
+        if texts not in self._watches:
+            policy = self.policy
+            vocabulary = policy.model.lm_head.weight.shape[0] if texts else 1
+            self._watches[texts] = TextWatch.create(texts, policy.decode, vocabulary, policy.device)
+        return self._watches[texts]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +130,7 @@ class _Decoding:
         self.cache = SlotCache(self.device)
         self.waiting = deque(range(len(prompts)))
         self.features: dict[int, tuple[Tensor, ...]] = {}
+        self.unfinished = [n] * len(prompts)
         self.insertions: dict[int, list[Insertion]] = {}
         self.done: dict[int, Rollout] = {}
 
@@ -179,13 +181,14 @@ class _Decoding:
         and the positions of the first answer tokens."""
         prompts = [self.prompts[p] for p in chosen]
         made = self._image_features(prompts)
-        for p, prompt in zip(chosen, prompts, strict=True):
-            self.features[p] = tuple(made[id(patches)] for patches in prompt.patches)
+        shown = [tuple(made[id(patches)] for patches in prompt.patches) for prompt in prompts]
+        if self.reattention.trigger is not None:  # only a block inserted later needs them again
+            self.features.update(zip(chosen, shown, strict=True))
         slots = self.cache.add_rows(len(prompts) * self.n)
         first = slots[:: self.n]
         hidden, position = self._take_in(
             first,
-            [(prompt.spans, self.features[p]) for p, prompt in zip(chosen, prompts, strict=True)],
+            [(prompt.spans, features) for prompt, features in zip(prompts, shown, strict=True)],
             list(prompts),
             torch.zeros(len(prompts), dtype=torch.long, device=self.device),
         )
@@ -228,7 +231,11 @@ class _Decoding:
         text = self.policy.decode(ids[:-1] if ended else ids)
         if stop == "length" and any(end in text for end in self.sampling.stop):
             stop = "stop"
-        self.done[job] = Rollout(prompt=self.prompts[job // self.n], spans=spans, text=text, stop=stop)
+        prompt = job // self.n
+        self.unfinished[prompt] -= 1
+        if not self.unfinished[prompt]:
+            self.features.pop(prompt, None)
+        self.done[job] = Rollout(prompt=self.prompts[prompt], spans=spans, text=text, stop=stop)
 
     # -- tokens and blocks go in --------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -11,8 +12,9 @@ from torch import Tensor
 from reflectvlm.batch import Batch
 
 
-def dump_batch(folder: Path, batch: Batch, reason: str) -> Path:
-    """Tensors as `batch.safetensors`, counts and the reason as `batch.json`. Returns the folder."""
+def dump_batch(folder: Path, batch: Batch, reason: str, *, row_ids: Sequence[str] = ()) -> Path:
+    """Tensors as `batch.safetensors`; counts, the reason and the ids of the step's rows as
+    `batch.json`. Returns the folder."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -26,9 +28,10 @@ def dump_batch(folder: Path, batch: Batch, reason: str) -> Path:
     save_file(tensors, folder / "batch.safetensors")
     about = {
         "reason": reason,
+        "row_ids": list(row_ids),
         "num_tokens": batch.num_tokens,
         "num_sequences": batch.num_sequences,
         "grids": [list(image.grid) for image in batch.images],
     }
-    (folder / "batch.json").write_text(json.dumps(about, indent=1))
+    (folder / "batch.json").write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
     return folder

@@ -12,6 +12,8 @@ from reflectvlm.protocols import Policy, Reattention, RolloutEngine
 from reflectvlm.rewards.rubric import Rubric
 from reflectvlm.types import Instruction, Sample, SamplingParams, ScoredGroup
 
+DEFAULT_TAG = "<back>"
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evaluation:
@@ -22,8 +24,12 @@ class Evaluation:
 
     data: Sequence[Sample]
     max_tokens: int = 512
-    tag: str = "<back>"
+    tag: str = DEFAULT_TAG
     """Whose rate is reported."""
+
+    def __post_init__(self) -> None:
+        if len(self.data) == 0:
+            raise ValueError("Evaluation.data has no rows. Check its path and its filters.")
 
     def __call__(
         self,

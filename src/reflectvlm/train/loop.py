@@ -9,8 +9,9 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from reflectvlm.models.freezing import trainable_table
 from reflectvlm.train.canary import check_sight
 from reflectvlm.train.checkpoint import (
     CheckpointStore,
@@ -35,26 +36,27 @@ def run_training(trainer: Trainable) -> RunResult:
     """Runs a trainer from its first step, or from its last good checkpoint, to its end."""
     output = trainer.output
     name = "-".join(part for part in (trainer.name, trainer.variant) if part)
+    recipe, overrides = output.recipe_yaml, output.overrides
     if output.resume in ("auto", "never"):
-        root, mode = Path(output.root), output.resume
+        folder = RunFolder.create(
+            output.root, name, recipe_yaml=recipe, overrides=overrides, resume=output.resume
+        )
     else:
-        root, name, mode = _existing(output.resume)
-    folder = RunFolder.create(
-        root, name, recipe_yaml=output.recipe_yaml, overrides=output.overrides, resume=mode
-    )
+        folder = RunFolder.reopen(_existing(output.resume), recipe_yaml=recipe, overrides=overrides)
+        name = folder.path.name
     with folder, StopRequest() as stop:
         return _Loop(trainer, folder, stop, name).run()
 
 
-def _existing(path: str) -> tuple[Path, str, Literal["auto"]]:
-    """(root, name, mode) of a run folder named by `resume=PATH`."""
+def _existing(path: str) -> Path:
+    """The run folder named by `resume=PATH`."""
     folder = Path(path)
     if not (folder / "checkpoints").is_dir():
         raise ValueError(
             f"resume={path!r} is no run folder: it has no checkpoints/. "
             "Give the folder of a run, or auto, or never."
         )
-    return folder.absolute().parent, folder.name, "auto"
+    return folder.absolute()
 
 
 class _Loop:
@@ -66,6 +68,8 @@ class _Loop:
         self.tensorboard = TensorBoard(folder.tensorboard)
         self.trackers = Trackers((self.console, self.jsonl, self.tensorboard, *self.output.trackers))
         self.done = 0
+        self.saved: int | None = None
+        """Step of the newest checkpoint."""
         self.before: Metrics = {}
 
     def run(self) -> RunResult:
@@ -78,6 +82,7 @@ class _Loop:
             {"name": self.folder.path.name, "steps": trainer.steps, "folder": str(self.folder.path)}
         )
         try:
+            self._introduce()
             if not resumed:
                 self._begin()
             while self.done < trainer.steps and not self.stop.requested:
@@ -87,6 +92,17 @@ class _Loop:
             return self._end()
         finally:
             self.trackers.close()
+
+    def _introduce(self) -> None:
+        """What trains, and on which rows."""
+        model = getattr(self.trainer.policy, "model", None)
+        for part, total, trains in trainable_table(model) if model is not None else ():
+            self.console.say(f"{part}: {total:,} parameters, {trains:,} train")
+        report = getattr(getattr(self.trainer, "data", None), "report", None)
+        if report is not None:
+            lines = report.lines() if hasattr(report, "lines") else [str(report)]
+            self.folder.rows.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            self.console.say(f"{report}; the list is in {self.folder.rows}")
 
     def _begin(self) -> None:
         """What is measured once, before the first step."""
@@ -101,21 +117,27 @@ class _Loop:
         try:
             result = self.trainer.step(self.done)
         except NonFinite as error:
-            where = dump_batch(self.folder.path / f"nonfinite-step-{self.done + 1}", error.batch, str(error))
+            where = dump_batch(
+                self.folder.path / f"nonfinite-step-{self.done + 1}",
+                error.batch,
+                str(error),
+                row_ids=getattr(self.trainer, "row_ids", ()),
+            )
             raise NonFinite(
                 f"Step {self.done + 1}, batch saved in {where}: {error.what}", error.batch
             ) from error
         self.done += 1
         self._report(result)
         last = self.done == self.trainer.steps
-        if self.output.eval_every and (self.done % self.output.eval_every == 0 or last):
+        if last or _due(self.done, self.output.eval_every):
             self._validate()
-        if self.done % self.output.save_every == 0 or last or self.stop.requested:
+        if last or _due(self.done, self.output.save_every):
             self._save()
 
     def _report(self, result: StepResult) -> None:
         self.trackers.metrics(self.done, result.metrics)
-        if result.groups and (self.done % self.output.samples_every == 0 or self.done == 1):
+        every = self.output.samples_every
+        if result.groups and (_due(self.done, every) or (every and self.done == 1)):
             self.trackers.rollouts(self.done, result.groups)
 
     def _validate(self) -> None:
@@ -138,6 +160,7 @@ class _Loop:
                 "before": self.before,
             },
         )
+        self.saved = self.done
 
     def _restore(self) -> bool:
         path = self.store.latest()
@@ -145,7 +168,7 @@ class _Loop:
             # A run cut off before its first checkpoint starts anew, and so does its log.
             self.trackers.truncate_after(-1)
             return False
-        checkpoint = self.store.load(path)
+        checkpoint = self.store.load(path, verify=False)  # `latest` has just compared every byte
         module, optimizer = self.trainer.policy.module, self.trainer.updater.optimizer
         module.load_state_dict(checkpoint.tensors["model"])
         optimizer.load_state_dict(
@@ -155,6 +178,7 @@ class _Loop:
         state: Mapping[str, Any] = checkpoint.state
         self.trainer.load_state(state["trainer"])
         self.before, self.done = dict(state["before"]), checkpoint.step
+        self.saved = self.done
         self.trackers.truncate_after(self.done)
         log.info("resumed %s at step %d of %d", self.folder.path, self.done, self.trainer.steps)
         return True
@@ -162,6 +186,8 @@ class _Loop:
     # -- ends -----------------------------------------------------------------------------------
 
     def _stopped(self) -> RunResult:
+        if self.saved != self.done:  # also after step 0: what was measured before it is kept
+            self._save()
         self.console.say(
             f"stopped by {self.stop.signal_name} after step {self.done} of {self.trainer.steps}; "
             f"saved in {self.folder.path}. Go on with resume=auto."
@@ -180,21 +206,34 @@ class _Loop:
             after, groups = self.trainer.evaluate(self.trainer.test)
             self.trackers.rollouts(self.done, groups)
         self.trainer.policy.save(self.folder.model)
-        curves(self.folder.metrics, self.folder.curves)
         self.trackers.close()
         title = f"{self.folder.path.name}: held-out rows, greedy"
         markdown = self.console.table(title, self.before, after).markdown if after else title
         self.folder.write_summary({"before": self.before, "after": after, "steps": self.done}, markdown)
+        self._draw()
         self.console.say(f"model, curves, samples and metrics are in {self.folder.path}")
         return RunResult(folder=self.folder.path, before=self.before, after=after, finished=True)
 
+    def _draw(self) -> None:
+        try:
+            curves(self.folder.metrics, self.folder.curves)
+        except Exception as error:  # noqa: BLE001  boundary: the run is finished, with or without picture
+            log.warning(
+                "%s could not be drawn, all else is there: %s: %s",
+                self.folder.curves, type(error).__name__, error,
+            )  # fmt: skip
+
     def _finished(self) -> RunResult | None:
         """The result of a run that had already ended."""
-        file = self.folder.path / "summary.json"
-        if not file.is_file():
+        if not self.folder.finished:
             return None
-        summary = json.loads(file.read_text())
+        summary = json.loads(self.folder.summary.read_text(encoding="utf-8"))
         self.console.say(f"{self.folder.path} is finished; nothing to do")
         return RunResult(
             folder=self.folder.path, before=summary["before"], after=summary["after"], finished=True
         )
+
+
+def _due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps happens now; 0 is for never."""
+    return every > 0 and step % every == 0

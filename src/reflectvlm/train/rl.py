@@ -18,6 +18,7 @@ import torch
 
 from reflectvlm.advantages import GroupMean
 from reflectvlm.batch import Batch
+from reflectvlm.data.rows import BadRow
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.objectives import ClippedSurrogate
 from reflectvlm.protocols import Advantage, Objective, Reattention, RolloutEngine
@@ -25,7 +26,7 @@ from reflectvlm.reattention import Implicit
 from reflectvlm.rewards.rubric import Rubric
 from reflectvlm.rollout.engine import InProcessEngine
 from reflectvlm.train.cursor import row_at
-from reflectvlm.train.evaluate import Evaluation, summarize
+from reflectvlm.train.evaluate import DEFAULT_TAG, Evaluation, summarize
 from reflectvlm.train.loop import run_training
 from reflectvlm.train.optim import AdamW
 from reflectvlm.train.run import Metrics, Output, RunResult, StepResult
@@ -76,6 +77,10 @@ class RLTrainer:
     """Optimiser steps on one set of rollouts, each on an equal share of its groups."""
     epochs_per_step: int = 1
     """How often those rollouts are gone through."""
+    keep_equal_groups: bool = False
+    """True: groups whose rewards are all equal are trained on, as GRPO's formula has it: no advantage,
+    but their tokens count in the mean and carry the KL term. False: they are left out, which saves
+    their passes."""
     dynamic_sampling: DynamicSampling | None = None
     drop_truncated: bool = False
     """DAPO's overlong filtering: rollouts cut by the token budget teach nothing."""
@@ -95,6 +100,8 @@ class RLTrainer:
     """Rows of the data taken so far."""
     updates: int = field(default=0, init=False)
     """Optimiser steps taken so far: the policy version of new rollouts."""
+    row_ids: tuple[str, ...] = field(default=(), init=False)
+    """Ids of the rows of the current step, for reports."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -107,6 +114,12 @@ class RLTrainer:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}. It must be at least 1.")
+        if self.group_size < 2:
+            raise ValueError(
+                "group_size is 1: its only advantage is 0, and nothing is learned. Use 2 or more."
+            )
+        if len(self.data) == 0:
+            raise ValueError("data has no rows. Check its path and its filters.")
         if self.prompts_per_step % self.updates_per_step:
             raise ValueError(
                 f"updates_per_step={self.updates_per_step} does not divide prompts_per_step="
@@ -122,8 +135,9 @@ class RLTrainer:
         sampled = time.perf_counter()
         useful = [group for group in scored if group.has_signal]
         metrics = summarize(scored, self.tag) | {"useful_groups": len(useful) / len(scored)}
-        if useful:
-            metrics |= self.update(useful, step)
+        trained = [group for group in scored if any(group.scored)] if self.keep_equal_groups else useful
+        if trained:
+            metrics |= self.update(trained, step)
         ended = time.perf_counter()
         tokens = sum(len(r.sampled_ids) for group in scored for r in group.rollouts)
         metrics |= {
@@ -140,6 +154,7 @@ class RLTrainer:
         kept: list[ScoredGroup] = []
         for number in range(rounds):
             prompts = self.next_prompts(self.prompts_per_step)
+            self.row_ids = tuple(prompt.sample.id for prompt in prompts)
             seed = _mixed(self.seed, step, number)
             groups = self.rollouts(prompts, seed)
             scored = [self.rubric(group) for group in groups]
@@ -159,28 +174,40 @@ class RLTrainer:
         return [tuple(dataclasses.replace(r, policy_version=self.updates) for r in group) for group in groups]
 
     def next_prompts(self, count: int) -> list[Prompt]:
-        """The next rows as prompts. An over-long one is named and passed over."""
+        """The next rows as prompts. A row that can no longer be read, or whose prompt is too long, is
+        named and passed over."""
         prompts: list[Prompt] = []
         passed = 0
         while len(prompts) < count:
-            sample = row_at(self.data, self.position, self.seed)
-            self.position += 1
-            prompt = self.policy.prompt(sample, self.instruction)
-            length = self.policy.prompt_length(prompt)
-            if length <= self.max_prompt_tokens:
+            prompt = self._next_prompt()
+            if prompt is not None:
                 prompts.append(prompt)
                 continue
             passed += 1
-            log.warning(
-                "row %s left out: its prompt has %d tokens, max_prompt_tokens is %d",
-                sample.id, length, self.max_prompt_tokens,
-            )  # fmt: skip
-            if passed > max(1000, len(self.data)):
+            if passed > min(len(self.data), 1000):
                 raise ValueError(
-                    f"No row fits max_prompt_tokens={self.max_prompt_tokens}; {passed} in a row were longer. "
-                    "Raise it, or lower policy.max_pixels."
+                    f"{passed} rows in a row could not be used; the reasons are above. If their prompts are "
+                    f"longer than max_prompt_tokens={self.max_prompt_tokens}, raise it or lower max_pixels."
                 )
         return prompts
+
+    def _next_prompt(self) -> Prompt | None:
+        place = self.position
+        self.position += 1
+        try:
+            sample = row_at(self.data, place, self.seed)
+        except BadRow as error:
+            log.warning("row left out: %s", error)
+            return None
+        prompt = self.policy.prompt(sample, self.instruction)
+        length = self.policy.prompt_length(prompt)
+        if length <= self.max_prompt_tokens:
+            return prompt
+        log.warning(
+            "row %s left out: its prompt has %d tokens, max_prompt_tokens is %d",
+            sample.id, length, self.max_prompt_tokens,
+        )  # fmt: skip
+        return None
 
     def batch(self, groups: Sequence[ScoredGroup]) -> Batch:
         """Groups -> one batch. Unscored rollouts are left out: their advantage is 0."""
@@ -206,7 +233,7 @@ class RLTrainer:
     def update(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
         """All updates on one set of rollouts; metrics are those of the last one."""
         lr = self.optimizer.rate(step, self.steps)
-        share = max(1, -(-len(groups) // self.updates_per_step))
+        share = -(-len(groups) // self.updates_per_step)
         batches = [self.batch(groups[start : start + share]) for start in range(0, len(groups), share)]
         metrics: dict[str, float] = {}
         for _ in range(self.epochs_per_step):
@@ -232,7 +259,11 @@ class RLTrainer:
         if getattr(self.objective, "kl", None) is None:
             return None
         frozen = copy.deepcopy(self.policy.model).requires_grad_(False).eval()
-        return dataclasses.replace(self.policy, model=frozen)
+        if self.policy.compute is None:
+            return dataclasses.replace(self.policy, model=frozen)
+        # It takes no small steps, so it needs no float32 weights.
+        frozen = frozen.to(getattr(torch, self.policy.compute))
+        return dataclasses.replace(self.policy, model=frozen, compute=None)
 
     @functools.cached_property
     def updater(self) -> Updater:
@@ -248,7 +279,9 @@ class RLTrainer:
 
     @property
     def tag(self) -> str:
-        return (self.evaluation or self.test or Evaluation(data=())).tag
+        """The tag whose rate is reported."""
+        evaluation = self.evaluation or self.test
+        return DEFAULT_TAG if evaluation is None else evaluation.tag
 
     # -- what the loop needs --------------------------------------------------------------------
 

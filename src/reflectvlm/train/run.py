@@ -46,10 +46,13 @@ class Output:
     """never: a new folder; auto: go on with the newest unfinished run of this name and recipe; or a
     run folder."""
     save_every: int = 50
+    """Steps between checkpoints; 0 for none but the last step's."""
     keep: int = 2
+    """Newest checkpoints that stay."""
     eval_every: int = 0
     """Steps between evaluations on the validation rows; 0 for none."""
     samples_every: int = 10
+    """Steps between written rollouts of the training; 0 for none."""
     trackers: Sequence[Tracker] = ()
     """Further trackers, e.g. wandb; console, JSONL and TensorBoard are always there."""
     canary: bool = True
@@ -58,6 +61,22 @@ class Output:
     """Steps between two printed lines when there is no terminal."""
     recipe_yaml: str | None = None
     overrides: Sequence[str] = field(default_factory=tuple)
+
+    def __post_init__(self) -> None:
+        for name, least, meaning in (
+            ("save_every", 0, "0 saves at the last step only"),
+            ("eval_every", 0, "0 is for never"),
+            ("samples_every", 0, "0 is for never"),
+            ("keep", 1, "the newest checkpoint always stays"),
+            ("print_every", 1, "1 prints every step"),
+        ):
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"output.{name} is {value}. It must be at least {least}; {meaning}.")
+        if not isinstance(self.resume, str) or not self.resume:
+            raise ValueError(
+                f"output.resume is {self.resume!r}. It must be auto, never, or the folder of a run."
+            )
 
 
 class Trainable(Protocol):
@@ -69,6 +88,8 @@ class Trainable(Protocol):
     evaluation: Evaluation | None
     test: Evaluation | None
     output: Output
+    row_ids: tuple[str, ...]
+    """Ids of the rows of the current step; a batch that breaks the run is reported with them."""
 
     @property
     def policy(self) -> Policy: ...

@@ -6,17 +6,19 @@
 
 No environment variable and no remote address is recorded: both may hold secrets. The lock works
 between processes of one POSIX machine; across machines that share a disk it can only refuse.
+A run is finished once its `summary.json` is there.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
 import re
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -62,15 +64,36 @@ class RunFolder:
         overrides: Sequence[str],
         resume: str = "never",
     ) -> RunFolder:
-        """Make and lock `root/name`. If it exists, `resume="auto"` takes it up again, and
-        `"never"` makes `name-2`, `name-3`, … instead."""
+        """Make and lock a folder for a run: `root/name`, or `name-2`, `name-3`, … if there is one.
+
+        `resume="auto"` takes up the newest unfinished one of them instead, which must have been
+        started with the same recipe; if all are finished, the newest of this recipe, if any.
+        """
         if not re.fullmatch(r"[^./\\\0][^/\\\0]*", name):
             raise ValueError(f"Run name {name!r} is no plain folder name. Use letters, digits, _ and -.")
         if resume not in ("auto", "never"):
             raise ValueError(f"resume is {resume!r}. It must be 'auto' or 'never'.")
-        path, resumed = _claim(Path(root), name, reuse=resume == "auto")
-        folder = cls(path, resumed)
-        _lock(folder.lock)
+        path, resumed = _claim(Path(root), name, recipe_yaml, reuse=resume == "auto")
+        return cls(path, resumed)._taken(recipe_yaml, overrides)
+
+    @classmethod
+    def reopen(cls, path: Path, *, recipe_yaml: str | None, overrides: Sequence[str]) -> RunFolder:
+        """Lock this very folder and take it up again."""
+        return cls(path, resumed=True)._taken(recipe_yaml, overrides)
+
+    def _taken(self, recipe_yaml: str | None, overrides: Sequence[str]) -> RunFolder:
+        """Locked, and described unless it is finished: then its files tell how it was made."""
+        _lock(self.lock)
+        try:
+            if not self.finished:
+                _refuse_another_recipe(self.recipe, recipe_yaml)
+                self._describe(recipe_yaml, overrides)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _describe(self, recipe_yaml: str | None, overrides: Sequence[str]) -> None:
         texts = {
             "recipe.yaml": recipe_yaml,
             "overrides.txt": "".join(f"{override}\n" for override in overrides),
@@ -79,8 +102,11 @@ class RunFolder:
         }
         for file, text in texts.items():
             if text is not None:
-                _write_keeping_old(path / file, text)
-        return folder
+                _write_keeping_old(self.path / file, text)
+
+    @property
+    def finished(self) -> bool:
+        return self.summary.is_file()
 
     @property
     def lock(self) -> Path:
@@ -114,10 +140,18 @@ class RunFolder:
     def curves(self) -> Path:
         return self.path / "curves.png"
 
+    @property
+    def rows(self) -> Path:
+        return self.path / "rows.txt"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
     def write_summary(self, values: Mapping[str, Any], markdown: str) -> None:
         """`summary.json` for programs and `summary.md` for people."""
-        _replace(self.path / "summary.json", _json(finite(values)))
         _replace(self.path / "summary.md", markdown.rstrip("\n") + "\n")
+        _replace(self.summary, _json(finite(values)))  # last: it says that the run is finished
 
     def close(self) -> None:
         """Give the lock back. A process that dies without it leaves a lock the next one takes over."""
@@ -174,20 +208,96 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _claim(root: Path, name: str, *, reuse: bool) -> tuple[Path, bool]:
+# ---------------------------------------------------------------------------------------------
+# Which folder: `name`, `name-2`, `name-3`, …
+
+
+def _claim(root: Path, name: str, recipe: str | None, *, reuse: bool) -> tuple[Path, bool]:
+    """(folder, whether it had been there)."""
     root.mkdir(parents=True, exist_ok=True)
-    path = root / name
-    number = 2
     while True:
+        if reuse and (found := _to_resume(root, name, recipe)):
+            return found, True
+        free = (root / (name if n == 1 else f"{name}-{n}") for n in itertools.count(1))
+        path = next(path for path in free if not os.path.lexists(path))
         try:
             path.mkdir()  # decides between processes: only one of them can make it
         except FileExistsError:
-            if reuse and path.is_dir():
-                return path, True
-            path = root / f"{name}-{number}"
-            number += 1
-        else:
-            return path, False
+            continue  # the other's is looked at like any other
+        return path, False
+
+
+def _to_resume(root: Path, name: str, recipe: str | None) -> Path | None:
+    """The newest unfinished folder; else the newest finished one of this recipe."""
+    folders = [path for path in _numbered(root, name) if path.name == name or _same_name(path, recipe)]
+    for path in folders:
+        if not RunFolder(path).finished:
+            return path
+    return next((path for path in folders if not _differences(RunFolder(path).recipe, recipe)), None)
+
+
+def _numbered(root: Path, name: str) -> list[Path]:
+    """The folders that exist, the highest number first."""
+    found = {}
+    for path in root.iterdir():
+        match = re.fullmatch(re.escape(name) + r"(?:-([2-9]|[1-9]\d+))?", path.name)
+        if match and path.is_dir():
+            found[int(match[1] or 1)] = path
+    return [found[number] for number in sorted(found, reverse=True)]
+
+
+def _same_name(folder: Path, recipe: str | None) -> bool:
+    """False for `a-2` if it is no second run of `a` but one that is named `a-2`."""
+    return not any(key in ("name", "variant") for key, *_ in _differences(RunFolder(folder).recipe, recipe))
+
+
+def _refuse_another_recipe(recorded: Path, recipe: str | None) -> None:
+    differences = _differences(recorded, recipe)
+    if not differences:
+        return
+    shown = ", ".join(f"{key} {_cut(old)} → {_cut(new)}" for key, old, new in differences[:8])
+    more = f" and {len(differences) - 8} more" if len(differences) > 8 else ""
+    raise ValueError(
+        f"{recorded.parent} is unfinished and was started with another recipe: {shown}{more}. "
+        "Go on with the old values, start anew with resume=never, or delete that folder."
+    )
+
+
+def _differences(recorded: Path, recipe: str | None) -> list[tuple[str, str, str]]:
+    """(key, old, new) of every setting outside of `output` that differs. Nothing is compared where
+    one of the two has no recipe."""
+    if recipe is None or not recorded.is_file():
+        return []
+    old, new = _settings(recorded.read_text(encoding="utf-8")), _settings(recipe)
+    absent = "(not given)"
+    pairs = [(key, old.get(key, absent), new.get(key, absent)) for key in [*old, *(new.keys() - old.keys())]]
+    return sorted(pair for pair in pairs if pair[1] != pair[2])
+
+
+def _settings(text: str) -> dict[str, str]:
+    """Dotted key -> value as text, so that a NaN equals itself."""
+    import yaml
+
+    values = yaml.safe_load(text)
+    if isinstance(values, Mapping):
+        values = {key: value for key, value in values.items() if key != "output"}
+    return dict(_flat(values, ""))
+
+
+def _flat(node: Any, key: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, Mapping) and node:
+        for name, value in node.items():
+            yield from _flat(value, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, repr(node)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing
 
 
 def _json(value: Any) -> str:
@@ -201,7 +311,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _write_keeping_old(path: Path, text: str) -> None:
-    """A resumed run with another recipe keeps both: the earlier one as `recipe.1.yaml`."""
+    """A run resumed with another `output` keeps both: the earlier one as `recipe.1.yaml`."""
     if path.exists() and path.read_text(encoding="utf-8") != text:
         number = 1
         while (old := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():

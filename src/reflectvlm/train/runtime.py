@@ -22,23 +22,25 @@ class Runtime:
     def accelerator(self) -> Any:
         from accelerate import Accelerator
 
-        return Accelerator()
+        made = Accelerator()
+        if made.num_processes > 1:
+            raise RuntimeError(
+                f"{made.num_processes} processes were started, but this version trains in one. "
+                "Start it with plain `reflectvlm train`."
+            )
+        return made
 
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
-
-    @property
-    def is_main(self) -> bool:
-        return bool(self.accelerator.is_main_process)
 
     def sum(self, values: Mapping[str, Tensor | float]) -> dict[str, float]:
         """Each value added over ranks."""
         names = list(values)
         if not names:
             return {}
-        stacked = torch.stack([torch.as_tensor(values[name], dtype=torch.float64) for name in names])
-        total = self.accelerator.reduce(stacked.to(self.device), reduction="sum")
+        stacked = torch.tensor([float(values[name]) for name in names], dtype=torch.float64)
+        total = self.accelerator.reduce(stacked, reduction="sum")
         return dict(zip(names, total.tolist(), strict=True))
 
     def backward(self, loss: Tensor) -> None:

@@ -59,16 +59,21 @@ class SFTTrainer:
 
     position: int = field(default=0, init=False)
     updates: int = field(default=0, init=False)
+    row_ids: tuple[str, ...] = field(default=(), init=False)
+    """Ids of the rows of the current step, for reports."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "rows_per_step", "micro_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}. It must be at least 1.")
+        if len(self.data) == 0:
+            raise ValueError("data has no rows. Check its path and its filters.")
 
     def step(self, step: int) -> StepResult:
         started = time.perf_counter()
         sequences = [self._sequence(self.position + i) for i in range(self.rows_per_step)]
         self.position += len(sequences)
+        self.row_ids = tuple(prompt.sample.id for prompt, _ in sequences)
         batch = self.policy.batch(sequences)
         counts = self.runtime.sum({"tokens": batch.num_tokens, "sequences": batch.num_sequences})
         batch = dataclasses.replace(batch, num_tokens=counts["tokens"], num_sequences=counts["sequences"])
@@ -108,6 +113,7 @@ class SFTTrainer:
 
     @functools.cached_property
     def rollout_engine(self) -> RolloutEngine:
+        self.policy.module.to(self.runtime.device)
         return self.engine(policy=self.policy)
 
     @functools.cached_property

@@ -238,7 +238,7 @@ def sample_rows(groups: Sequence[ScoredGroup], most: int) -> Iterator[dict[str, 
 
     Example: `{"sample": "digits-17", "question": "...", "text": "3 + 5<back>...", "reward": 1.0,
     "parts": {"accuracy": 1.0}, "scored": True, "stop": "eos", "length": 31, "inserted": 1,
-    "images": ["9f86d0..."]}`
+    "policy_version": 12, "images": ["9f86d0..."]}`
     """
     chosen = (
         (group, index)
@@ -259,6 +259,7 @@ def sample_rows(groups: Sequence[ScoredGroup], most: int) -> Iterator[dict[str, 
             "stop": rollout.stop,
             "length": len(rollout.sampled_ids),
             "inserted": len(rollout.insertions),
+            "policy_version": rollout.policy_version,
             "images": [_image_hash(image) for image in sample.images],
         }
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from reflectvlm.batch import Batch, LossInputs, LossOutputs
 from reflectvlm.protocols import Objective, Policy
 from reflectvlm.train.runtime import Runtime
+from reflectvlm.types import Patches
 
 
 class NonFinite(RuntimeError):
@@ -34,7 +35,7 @@ class Updater:
     optimizer: torch.optim.Optimizer
     runtime: Runtime
     micro_rows: int
-    """Rows of one forward and backward pass; bounds memory and changes no result."""
+    """Rows, or images of the vision tower, of one pass; bounds memory and changes no result."""
     max_grad_norm: float
     temperature: float = 1.0
 
@@ -58,18 +59,36 @@ class Updater:
         return metrics | {"grad_norm": norm, "lr": lr}
 
     def _accumulate(self, batch: Batch) -> list[LossOutputs]:
-        """Backward through all micro-batches. The vision tower runs once: its features become a
-        leaf that collects the gradient of every micro-batch, and are sent back once at the end."""
-        features = self.policy.features(batch.images)
-        leaf = features.detach().requires_grad_(features.requires_grad)
+        """Backward through all micro-batches. Features are computed once per image; as a leaf they
+        collect the gradient of every micro-batch, which is sent back into the tower at the end."""
+        parts = image_parts(batch, self.micro_rows)
+        first = self.policy.features(parts[0])
+        if len(parts) == 1:
+            features = first
+        else:
+            # Many images: keep no graph now, and run the tower once more, part by part, on the way back.
+            with torch.no_grad():
+                features = torch.cat([first.detach(), *(self.policy.features(part) for part in parts[1:])])
+        leaf = features.detach().requires_grad_(first.requires_grad)
         outputs = []
         for piece in batch.split(self.micro_rows):
             scores = self.policy.score(piece, leaf, self.temperature)
             outputs.append(self.objective(loss_inputs(piece, scores.logprobs, scores.entropy)))
             self.runtime.backward(outputs[-1].loss)
         if leaf.grad is not None:
-            features.backward(leaf.grad)
+            for number, (part, grad) in enumerate(zip(parts, _by_part(leaf.grad, parts), strict=True)):
+                (first if number == 0 else self.policy.features(part)).backward(grad)
         return outputs
+
+
+def image_parts(batch: Batch, size: int) -> list[tuple[Patches, ...]]:
+    """The batch's distinct images, at most `size` to a part; one empty part if there are none."""
+    images = batch.images
+    return [images[start : start + size] for start in range(0, max(len(images), 1), size)]
+
+
+def _by_part(grad: Tensor, parts: Sequence[tuple[Patches, ...]]) -> tuple[Tensor, ...]:
+    return grad.split([sum(image.grid.tokens for image in part) for part in parts])
 
 
 def loss_inputs(batch: Batch, logprobs: Tensor, entropy: Tensor) -> LossInputs:
@@ -88,7 +107,7 @@ def loss_inputs(batch: Batch, logprobs: Tensor, entropy: Tensor) -> LossInputs:
 def score_without_grad(policy: Policy, batch: Batch, micro_rows: int, temperature: float) -> Tensor:
     """Log-probs [B, T] of the batch's trained tokens, in micro-batches."""
     with torch.no_grad():
-        features = policy.features(batch.images)
+        features = torch.cat([policy.features(part) for part in image_parts(batch, micro_rows)])
         result = torch.zeros(batch.ids.shape, device=batch.ids.device)
         for start in range(0, len(batch), micro_rows):
             rows = slice(start, start + micro_rows)
