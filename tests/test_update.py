@@ -145,7 +145,8 @@ def test_the_vision_tower_runs_once_each_way(policy: QwenVL) -> None:
         tower.register_forward_hook(lambda *_: count("forward")),
         tower.patch_embed.proj.weight.register_hook(lambda _: count("backward")),
     ]
-    make_updater(policy, grpo(), 1)(batch, lr=0.0)
+    assert len(batch.images) == 3 < len(batch)  # two micro-batches, one part of images
+    make_updater(policy, grpo(), 3)(batch, lr=0.0)
     for hook in hooks:
         hook.remove()
     assert calls == {"forward": 1, "backward": 1}

@@ -80,3 +80,12 @@ def load_image_processor(path: str, min_pixels: int | None, max_pixels: int | No
         )
     processor.size = type(processor.size)(**merged) if not isinstance(processor.size, dict) else merged
     return processor
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Activations are computed again on the way back. transformers renamed the switch in 5.x."""
+    settings = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)

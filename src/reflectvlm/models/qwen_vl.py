@@ -21,7 +21,14 @@ from reflectvlm import ops
 from reflectvlm.batch import Batch, TokenScores
 from reflectvlm.models.chat import chat_spans
 from reflectvlm.models.freezing import Part, freeze
-from reflectvlm.models.loading import Attention, Dtype, load_image_processor, load_model, load_tokenizer
+from reflectvlm.models.loading import (
+    Attention,
+    Dtype,
+    enable_checkpointing,
+    load_image_processor,
+    load_model,
+    load_tokenizer,
+)
 from reflectvlm.models.prefix import pack, worth_packing
 from reflectvlm.spans import VisionIds, collate, count_tokens
 from reflectvlm.types import Grid, Instruction, Patches, Prompt, Sample, Spans, Text
@@ -55,7 +62,7 @@ def load_policy(
     model = load_model(path, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
     freeze(model, freeze_parts)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     return QwenVL(
         model=model,
         tokenizer=load_tokenizer(path),
