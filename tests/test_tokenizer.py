@@ -97,7 +97,7 @@ def test_special_tokens_are_single_ids() -> None:
 
 
 def test_the_shipped_files_are_what_the_builder_makes() -> None:
-    """`models/tiny/` must be reproducible from Qwen's ranks."""
+    """`models/tiny_base/` must be reproducible from Qwen's ranks."""
     built = qwen_tokenizer(ranks_file())
     assert built.get_vocab() == tokenizer().get_vocab()
     text = "<think>It's 3 + 8 = 11.</think> <back>Again: 中文 😀</back>\n\\boxed{11}<|im_end|>"

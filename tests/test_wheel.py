@@ -14,9 +14,9 @@ NEEDED = [
     "reflectvlm/recipes/_rl.yaml",
     "reflectvlm/recipes/policy/tiny.yaml",
     "reflectvlm/recipes/data/digits.yaml",
-    "reflectvlm/models/tiny/model.safetensors",
-    "reflectvlm/models/tiny/tokenizer.json",
-    "reflectvlm/models/tiny/README.md",
+    "reflectvlm/models/tiny_base/model.safetensors",
+    "reflectvlm/models/tiny_base/tokenizer.json",
+    "reflectvlm/models/tiny_base/README.md",
     "reflectvlm/data/digits.npz",
     "reflectvlm/data/instructions/semantic_back.txt",
 ]
@@ -28,7 +28,7 @@ def test_wheel_is_complete_and_small(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(ROOT)
     with zipfile.ZipFile(tmp_path / build.build_wheel(str(tmp_path))) as wheel:
         names = set(wheel.namelist())
-        base = sum(i.compress_size for i in wheel.infolist() if "models/tiny/" in i.filename)
+        base = sum(i.compress_size for i in wheel.infolist() if "models/tiny_base/" in i.filename)
     assert not [name for name in NEEDED if name not in names]
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert any(name.endswith("licenses/NOTICE") for name in names)

@@ -4,7 +4,7 @@
 model 4 x 128 over the 2,318 ids of the small tokenizer, plus spare embedding rows as Qwen2.5-VL
 has them. A 64 x 64 page becomes 16 visual tokens.
 
-`tiny_folder` writes a random one; the pre-trained one ships in `models/tiny/` and was made by
+`tiny_folder` writes a random one; the pre-trained one ships in `models/tiny_base/` and was made by
 `reflectvlm train recipe=tiny_base`.
 """
 
@@ -27,7 +27,7 @@ VOCABULARY = 2432
 
 def pretrained_tiny() -> Path:
     """Folder of the pre-trained base that ships with the package."""
-    return Path(str(resources.files("reflectvlm.models").joinpath("tiny")))
+    return Path(str(resources.files("reflectvlm.models").joinpath("tiny_base")))
 
 
 def tiny_config(tokenizer: Any) -> Any:

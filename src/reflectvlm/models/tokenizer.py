@@ -5,7 +5,7 @@ Qwen's splitting rules, special tokens and exact round trips. A small K keeps th
 tiny policy small; a text takes about a third more tokens at K = 2,048 than with all 151,387.
 
 The ranks ship with `dashscope` (Apache-2.0, `dashscope/resources/qwen.tiktoken`); see NOTICE. The
-result ships in `models/tiny/`, so nobody needs that package to train.
+result ships in `models/tiny_base/`, so nobody needs that package to train.
 """
 
 from __future__ import annotations
