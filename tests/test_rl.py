@@ -94,6 +94,7 @@ def test_dynamic_sampling_fills_up_with_groups_that_differ(tmp_path: Path) -> No
     )
     assert filled.step(0).metrics["useful_groups"] == 1.0
     assert filled.position >= 6
+    assert len(filled.row_ids) == filled.position  # a saved batch names the rows of every round
 
 
 def test_overlong_filtering_leaves_out_what_was_cut(tmp_path: Path) -> None:

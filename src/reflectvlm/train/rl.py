@@ -152,9 +152,10 @@ class RLTrainer:
         """Prompts -> scored groups; with dynamic sampling until enough of them carry a signal."""
         rounds = self.dynamic_sampling.max_rounds if self.dynamic_sampling else 1
         kept: list[ScoredGroup] = []
+        self.row_ids = ()
         for number in range(rounds):
             prompts = self.next_prompts(self.prompts_per_step)
-            self.row_ids = tuple(prompt.sample.id for prompt in prompts)
+            self.row_ids += tuple(prompt.sample.id for prompt in prompts)
             seed = _mixed(self.seed, step, number)
             groups = self.rollouts(prompts, seed)
             scored = [self.rubric(group) for group in groups]
