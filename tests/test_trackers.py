@@ -183,7 +183,7 @@ def test_a_failing_tracker_is_reported_once_and_dropped(
         trackers.close()
     assert failing.calls == ["start", "metrics", "close"]
     assert [record.message for record in caplog.records] == [
-        "Tracker Failing failed and is dropped; training goes on."
+        "Tracker Failing failed and is dropped; training goes on. no network"
     ]
     assert "no network" in caplog.text
     assert len(rows(tmp_path / "metrics.jsonl")) == 2

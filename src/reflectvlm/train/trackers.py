@@ -68,10 +68,13 @@ class Trackers:
     def _one(self, tracker: Tracker, call: Callable[[Tracker], None]) -> None:
         try:
             call(tracker)
-        except Exception:  # boundary: what a tracker does is not the training's affair
+        except Exception as error:  # boundary: what a tracker does is not the training's affair
             self._live.remove(tracker)
             name = type(tracker).__name__
-            logger.warning("Tracker %s failed and is dropped; training goes on.", name, exc_info=True)
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            logger.warning(
+                "Tracker %s failed and is dropped; training goes on. %s", name, reason, exc_info=True
+            )
             with contextlib.suppress(Exception):
                 tracker.close()
 
