@@ -17,7 +17,7 @@ from reflectvlm.models.loading import load_image_processor, load_tokenizer
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.models.tiny import pretrained_tiny, tiny_model
 from reflectvlm.protocols import DecodeState
-from reflectvlm.types import Instruction, Prompt, Rollout, Sample, Spans, Visual
+from reflectvlm.types import AttentionProbe, Insertion, Instruction, Prompt, Rollout, Sample, Spans, Visual
 
 GAIN = 4.0
 """Factor on the random weight matrices. At 1 an attention pattern is nearly uniform and a position
@@ -103,8 +103,12 @@ class ShowAgain:
     image: int = 0
     keep: tuple[int, ...] | None = None
     at_most: int = 2
+    place: str = "auto"
+    probe: AttentionProbe | None = None
 
-    def __call__(self, state: DecodeState, /) -> Spans:
-        if len(state.inserted) >= self.at_most or not state.prompt.patches:
-            return ()
-        return (Visual(image=self.image, keep=self.keep),)
+    def __call__(self, state: DecodeState, /) -> Insertion | None:
+        if len(state.insertions) >= self.at_most or not state.prompt.patches:
+            return None
+        block = (Visual(image=self.image, keep=self.keep),)
+        before = self.place == "before" or (self.place == "auto" and state.special)
+        return Insertion(before=block) if before else Insertion(after=block)

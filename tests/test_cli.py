@@ -69,7 +69,17 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert main(words) == 0
         out = capsys.readouterr().out
         assert all(
-            word in out for word in ("train recipe=", "resume=auto", "+key=value", "Exit codes", "start_from")
+            word in out
+            for word in (
+                "train recipe=",
+                "pipeline qwen_la",
+                "resume=auto",
+                "+key=value",
+                "recipe:key=value",
+                "Exit codes",
+                "start_from",
+                "data_from",
+            )
         )
 
 
@@ -85,6 +95,12 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "recipe=grpo", "stesp=3"], "Did you mean steps?"),
         (["show", "recipe=grpo", "steps=1,2"], "several values"),
         (["recipes", "all"], "recipes takes nothing more, got 'all'"),
+        (["pipeline"], "pipeline needs one name, got 0. There are: qwen_la, qwen_la_7b;"),
+        (["pipeline", "qwen_la", "seed"], "pipeline needs one name, got 2"),
+        (["pipeline", "qwen_l"], "No pipeline is called 'qwen_l', only qwen_la, qwen_la_7b. Did you mean"),
+        (["pipeline", "./none.yaml"], "No pipeline file at './none.yaml'. Give a .yaml file that exists"),
+        (["pipeline", "qwen_la", "--seed=1"], "there are no dashes. Write key=value, e.g. seed=1"),
+        (["pipeline", "qwen_la", "sed=1"], "No stage has a key 'sed'"),
     ],
 )
 def test_what_a_user_wrote_wrong_is_one_line_and_exit_code_2(
@@ -121,6 +137,37 @@ def test_exit_codes_of_a_run(
     assert main(["train", "recipe=grpo"]) == code
     err = capsys.readouterr().err
     assert err == (says or "warning: two lines\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "0"), ({"GOMP_SPINCOUNT": "9"}, "9"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_waiting_threads_sleep(
+    given: dict[str, str], spins: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: with any other process on the machine two threads spin against each other, ten times as long."""
+    monkeypatch.setattr(config, "load_recipe", lambda *_: Scripted(0))
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, given.get(name, ""))  # so that it is as before after the test
+        if name not in given:
+            monkeypatch.delenv(name)
+    assert main(["train", "recipe=grpo"]) == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
+def test_a_pipeline_s_exit_code_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped pipeline that ends with 0 is not started again."""
+    from reflectvlm import pipeline
+
+    asked: list[tuple[str, ...]] = []
+
+    def stopped(*words: str) -> pipeline.PipelineResult:
+        asked.append(words)
+        return pipeline.PipelineResult(folder=Path(), figures={}, finished=False, exit_code=143)
+
+    monkeypatch.setattr(pipeline, "run_pipeline", stopped)
+    assert main(["pipeline", "qwen_la", "seed=1", "qwen_la_brpo:steps=2"]) == 143
+    assert asked == [("qwen_la", "seed=1", "qwen_la_brpo:steps=2")]
 
 
 def test_traceback_on_request(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from chains import write_chain
 from reflectvlm import stages
 from reflectvlm.config import SHORT_NAMES, compose, load_recipe
 from reflectvlm.models.tiny import tiny_folder
@@ -266,7 +268,7 @@ def test_cold_start_is_made_once_and_then_found(
     caplog.clear()
     again = load_recipe("lookback_rl", *started(tiny), "steps=5")
     assert again.policy.source == first.policy.source
-    assert "cold start lookback_sft found in" in caplog.text
+    assert "stage lookback_sft found in" in caplog.text
 
 
 def test_a_killed_cold_start_goes_on_and_its_exit_code_is_told(
@@ -310,6 +312,38 @@ def test_identity_is_what_decides_the_result(tiny: Path, tmp_path: Path) -> None
     weights = moved / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     assert stages.stage_name("lookback_sft", there) != base
+
+
+@pytest.mark.parametrize(
+    "file", ["preprocessor_config.json", "chat_template.jinja", "tokenizer.json", "config.json", "README.md"]
+)
+def test_all_that_loading_reads_of_a_start_counts(tiny: Path, tmp_path: Path, file: str) -> None:
+    """Another image size, chat template or tokenizer found the cold start of the old one."""
+    moved = shutil.copytree(tiny, tmp_path / "moved")
+    (moved / "README.md").write_text("Read by people.")
+    (moved / "checkpoints").mkdir()
+    base = stages.model_digest(str(moved))
+    (moved / "checkpoints" / "state.json").write_text("{}")
+    assert stages.model_digest(str(moved)) == base
+    (moved / file).write_text((moved / file).read_text() + " ")
+    assert (stages.model_digest(str(moved)) == base) == (file == "README.md")
+    (moved / "model.safetensors").unlink()
+    assert stages.model_digest(str(moved)) is None
+    assert stages.model_digest("some/hub-name") is None
+
+
+def test_a_large_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gigabytes of weights, hashed for every stage of a chain; or a changed file taken for the old."""
+    read: list[Path] = []
+    hashed = stages._hashed
+    monkeypatch.setattr(stages, "_LARGE", 4)
+    monkeypatch.setattr(stages, "_hashed", lambda file: read.append(file) or hashed(file))
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"12345")
+    assert stages.model_digest(str(tmp_path)) == (base := stages.model_digest(str(tmp_path)))
+    assert len(read) == 1
+    weights.write_bytes(b"123456")
+    assert stages.model_digest(str(tmp_path)) != base
 
 
 def named(values: dict[str, Any]) -> str:
@@ -357,21 +391,207 @@ def test_the_recipe_of_the_contributing_page_builds(
     page = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
     (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     (tmp_path / "mine.yaml").write_text(text)
-    (tmp_path / "my_rewards.py").write_text("def short(texts): return [2.0 for _ in texts]\n")
+    code = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def " in block]
+    (tmp_path / "my_rewards.py").write_text("\n".join(code))
     monkeypatch.chdir(tmp_path)
     trainer = load_recipe("./mine.yaml", "start_from=null", f"policy.path={tiny}", *SMALL)
     assert isinstance(trainer, RLTrainer)
     prompt = Prompt(sample=Sample(id="s", question="?", answer="5"), spans=())
     scored = trainer.rubric([Rollout(prompt=prompt, spans=(), text="no", stop="eos")])
-    assert scored.parts["short"] == (2.0,)
-    assert scored.rewards == pytest.approx((0.2,))  # wrong and without the format: 0.1 * 2
-    shared_worker(f"{tmp_path / 'my_rewards.py'}:short").close()
+    assert (scored.parts["short"], scored.parts["looks"]) == ((1.0,), (0.0,))
+    assert scored.rewards == pytest.approx((0.1,))  # wrong and without the format: 0.1 for being short
+    for name in ("short", "looks_twice"):
+        shared_worker(f"{tmp_path / 'my_rewards.py'}:{name}").close()
 
 
 def test_start_from_null_starts_from_the_policy_itself(tiny: Path) -> None:
     """A user's own cold-started model must not be trained over."""
     trainer = load_recipe("lookback_rl", "start_from=null", f"policy.path={tiny}", *SMALL)
     assert trainer.policy.source == str(tiny)
+
+
+def test_an_unfinished_stage_goes_on_whatever_its_evaluation_is(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its identity says that it is the same, and its folder refused it as another recipe."""
+    steps = SFTTrainer.step
+
+    def dies(trainer: SFTTrainer, step: int) -> Any:
+        if step == 1:
+            raise KeyboardInterrupt
+        return steps(trainer, step)
+
+    monkeypatch.setattr(SFTTrainer, "step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        load_recipe("lookback_rl", *started(tiny, "steps=2", "save_every=1"))
+    monkeypatch.setattr(SFTTrainer, "step", steps)
+    told = [f"lookback_sft:{word}" for word in ("test.data.size=3", "test.max_tokens=4", "name=x", "keep=9")]
+    again = started(tiny, "steps=2", "save_every=1")
+    again[1] = again[1].replace("'test=null',", "")
+    trainer = load_recipe("lookback_rl", *again, *told)
+    folder = Path(trainer.policy.source).parent
+    logged = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in logged] == [1, 2]
+
+
+# -- whose rows a recipe takes --------------------------------------------------------------------
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Path:
+    """Folder of three recipes: learn takes the rows of ask, which starts from cold."""
+    return write_chain(tmp_path)
+
+
+def learned(chain: Path, tiny: Path, *words: str) -> SFTTrainer:
+    path = f"policy.path={tiny}"
+    trainer = load_recipe(str(chain / "learn.yaml"), path, f"ask:{path}", f"cold:{path}", *words)
+    assert isinstance(trainer, SFTTrainer)
+    return trainer
+
+
+def test_rows_of_a_stage_are_made_once_and_then_found(
+    chain: Path, tiny: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SFT that distils anew for every run would pay for 40,000 answers each time."""
+    caplog.set_level(logging.INFO, "reflectvlm")
+    first = learned(chain, tiny)
+    assert len(first.data) == 5
+    assert first.policy.source == str(tiny), "the base is trained, not the model that answered"
+    said = [record.getMessage() for record in caplog.records if "stage" in record.getMessage()]
+    assert [line.split(",")[0] for line in said] == ["stage cold runs first", "stage ask runs first"]
+    caplog.clear()
+    again = learned(chain, tiny, "steps=5")
+    assert [row.columns["trace"] for row in again.data] == [row.columns["trace"] for row in first.data]
+    assert "stage cold found in" in caplog.text
+    assert "stage ask found in" in caplog.text
+    assert "runs first" not in caplog.text
+
+
+def test_a_stage_is_the_same_in_another_cache(
+    chain: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A cache that was moved or copied to another machine would be made anew from the second stage on."""
+    from reflectvlm.chain import Chain
+
+    words = (f"policy.path={tiny}",)
+    told = {"ask": words, "cold": words}
+    recipe = str(chain / "learn.yaml")
+    first = Chain(told=told).model(recipe, words)
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    monkeypatch.setenv(stages.VARIABLE, str(tmp_path / "moved"))
+    caplog.set_level(logging.INFO, "reflectvlm")
+    assert Chain(told=told).model(recipe, words).parent.name == first.parent.name
+    assert "runs first" not in caplog.text
+    rows = next((tmp_path / "moved" / "stages").glob("ask-*")) / "rows.jsonl"
+    rows.write_text(rows.read_text().replace("<back>", "<BACK>"))
+    assert Chain(told=told).model(recipe, words).parent.name != first.parent.name
+
+
+def test_words_for_a_stage_reach_it_however_deep(chain: Path, tiny: Path) -> None:
+    """Lists of overrides within lists of overrides cannot be quoted."""
+    trainer = learned(chain, tiny, "ask:rows=3", "cold:optimizer.lr=0.5", "learn:steps=7", "*:steps=2")
+    assert trainer.steps == 7
+    assert len(trainer.data) == 3
+    kept = yaml.safe_load(trainer.output.recipe_yaml or "")
+    assert kept["stages"]["cold"] == [f"policy.path={tiny}", "optimizer.lr=0.5"]
+    (cold,) = (chain / "cache" / "stages").glob("cold-*")
+    recorded = yaml.safe_load((cold / "recipe.yaml").read_text())
+    assert (recorded["optimizer"]["lr"], recorded["steps"]) == (0.5, 2)
+
+
+def test_a_composed_recipe_keeps_what_its_stages_are_told(chain: Path, tmp_path: Path) -> None:
+    """The file in a run's folder must give the same run."""
+    composed = compose(str(chain / "learn.yaml"), ("ask:rows=3",))
+    (tmp_path / "again.yaml").write_text(composed.yaml)
+    again = compose(str(tmp_path / "again.yaml"), ("ask:seed=2", "cold:seed=3")).values
+    assert again["stages"] == {"ask": ["rows=3", "seed=2"], "cold": ["seed=3"]}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "word", "says"),
+    [
+        (
+            "learn",
+            "data=digit_traces",
+            r"data_from gives data.path, but data is DigitTraces.*data=rows",
+        ),
+        (
+            "learn",
+            "data.path=mine.jsonl",
+            r"^data.path is 'mine.jsonl', but data_from would.*=null",
+        ),
+        ("learn", "data_from=ask", r"^data_from is 'ask'. Write \{recipe: name"),
+        ("learn", "data_from.recipe=lookback_sft", r"data_from names lookback_sft, which makes a model"),
+        ("ask", "start_from.recipe={folder}/ask.yaml", r"^start_from names .*ask.yaml, which makes rows"),
+        ("ask", "start_from.recipe={folder}/loop.yaml", r"^stage loop: .*loop.yaml is made from itself"),
+        ("learn", "data_from=null", r"^data.path has no value yet. Give it with data.path=…"),
+        ("learn", "aks:rows=3", r"^aks:… is told to a stage, but the stages here are .*Did you mean 'ask'"),
+        ("learn", "*:stepz=3", r"^No stage has a key 'stepz'. They are ask, cold"),
+        ("learn", "ask:rows=zero", r"^stage ask: rows is 'zero'.*A stage is given a value by ask:key=…"),
+        ("learn", "cold:steps=0", r"^stage cold: steps is 0"),
+        ("learn", "cold:+stages={{a:['b=1']}}", r"^stage cold: stages has no effect in a stage"),
+        ("learn", "+stages=[ask]", r"stages is \['ask'\]. Write \{recipe: \[key=value"),
+    ],
+)
+def test_mistakes_in_a_chain_are_told_before_anything_runs(
+    chain: Path, tiny: Path, recipe: str, word: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake in the last stage, told when the first ones have trained."""
+
+    def too_late(*_: Any, **__: Any) -> None:
+        raise AssertionError("something was run or loaded")
+
+    (chain / "loop.yaml").write_text(
+        "defaults: [lookback_sft, _self_]\n"
+        f"start_from: {{recipe: {chain}/loop.yaml, overrides: ['policy.path={tiny}']}}\n"
+    )
+    monkeypatch.setattr(SFTTrainer, "run", too_late)
+    monkeypatch.setattr("reflectvlm.models.qwen_vl.load_model", too_late)
+    path = f"policy.path={tiny}"
+    words = [path, f"cold:{path}", *([f"ask:{path}"] if recipe == "learn" else [])]
+    if "loop" in word:
+        words = [path, f"loop:{path}"]
+    with pytest.raises(RecipeError, match=says):
+        load_recipe(str(chain / f"{recipe}.yaml"), *words, word.format(folder=chain))
+
+
+def test_rows_that_are_not_there_are_told_before_a_stage_runs(chain: Path, tiny: Path) -> None:
+    """The data of the second stage is read when the first has trained."""
+    text = (chain / "ask.yaml").read_text().replace("data: digit_traces", "data: rows")
+    (chain / "ask.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=r"^stage ask: data: 'none.jsonl' is not a file"):
+        learned(chain, tiny, "ask:data.path=none.jsonl")
+    assert not list((chain / "cache" / "stages").glob("cold-*"))
+
+
+def test_a_stopped_distillation_stops_the_chain(
+    chain: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the rows would be trained on as if they were all."""
+    from reflectvlm.train.distill import Distiller
+    from reflectvlm.train.distill_run import Distilled, Tally
+
+    def stopped(_: Distiller) -> Distilled:
+        return Distilled(folder=chain, tally=Tally(), finished=False, exit_code=143)
+
+    monkeypatch.setattr(Distiller, "run", stopped)
+    with pytest.raises(
+        stages.StageStopped, match="stage ask was stopped; the same command goes on"
+    ) as caught:
+        learned(chain, tiny)
+    assert caught.value.exit_code == 143
+
+
+def test_finished_rows_that_are_gone_are_said(tmp_path: Path) -> None:
+    """The reader's error about a missing file names no remedy."""
+    assert stages.finished_rows(tmp_path) is None
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"finished stage without rows\. Delete the folder"):
+        stages.finished_rows(tmp_path)
+
+
+# -- the cache ------------------------------------------------------------------------------------
 
 
 def test_a_cache_that_cannot_be_written_names_the_variable(
@@ -384,7 +604,7 @@ def test_a_cache_that_cannot_be_written_names_the_variable(
         stages.stages_folder()
     monkeypatch.delenv(stages.VARIABLE)
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
-    with pytest.raises(RecipeError, match=r"Cold starts are kept in .* Set REFLECTVLM_CACHE"):
+    with pytest.raises(RecipeError, match=r"Stages are kept in .* Set REFLECTVLM_CACHE"):
         stages.stages_folder()
 
 
@@ -392,5 +612,5 @@ def test_a_finished_stage_without_its_model_is_said(tmp_path: Path) -> None:
     """Somebody who deletes only the weights would get a loader's error about a missing file."""
     assert stages.finished_model(tmp_path) is None
     (tmp_path / "summary.json").write_text("{}")
-    with pytest.raises(RecipeError, match=r"finished cold start without a model\. Delete the folder"):
+    with pytest.raises(RecipeError, match=r"finished stage without a model\. Delete the folder"):
         stages.finished_model(tmp_path)

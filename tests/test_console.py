@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from reflectvlm.train.console import Console, colored, compare, duration, in_order, sparkline
+from reflectvlm.train.console import Console, colored, compare, duration, in_order, results, sparkline
 from reflectvlm.types import Prompt, Rollout, Sample, ScoredGroup
 
 
@@ -83,6 +83,52 @@ def test_an_evaluation_always_prints_and_unknown_keys_never() -> None:
     console.metrics(3, {"eval/accuracy": 0.75})
     assert len(out.getvalue().splitlines()) == 2
     assert "eval accuracy 75.0%" in out.getvalue()
+
+
+def test_a_line_tells_of_its_own_step() -> None:
+    """Bug: the last step prints twice, and lines between evaluations carry the value of an older one."""
+    out = io.StringIO()
+    console = Console("RL", 3, every=1, file=out, clock=Clock())
+    console.metrics(1, {"reward": 0.5, "loss": 1.0})
+    console.metrics(1, {"eval/accuracy": 0.75})
+    console.metrics(2, {"reward": 0.25})
+    console.metrics(3, {"reward": 1.0, "loss": 2.0})
+    console.metrics(3, {"eval/accuracy": 0.5})
+    assert [line.split(" | ETA")[0] for line in out.getvalue().splitlines()] == [
+        "RL 1/3 | loss 1 | reward 0.5",
+        "RL 1/3 | eval accuracy 75.0%",
+        "RL 2/3 | reward 0.25",
+        "RL 3/3 | loss 2 | reward 1",
+        "RL 3/3 | eval accuracy 50.0%",
+    ]
+
+
+def test_unscored_is_shown_where_there_is_any() -> None:
+    """Bug: a reward that fails half of the time can only be seen in a file; or `unscored 0` on all lines."""
+    out = io.StringIO()
+    console = Console("RL", 2, every=1, file=out)
+    console.metrics(1, {"reward": 1.0, "reward/short": math.nan, "unscored": 0.5})
+    console.metrics(2, {"reward": 1.0, "unscored": 0.0})
+    first, second = out.getvalue().splitlines()
+    assert "reward/short – | unscored 50.0%" in first
+    assert second == "RL 2/2 | reward 1"
+
+
+def test_the_last_table_says_each_thing_once() -> None:
+    """Bug: accuracy twice, under two names, among ten rows; a title that wraps at the table's width."""
+    rates = {"accuracy": 0.5, "back_rate": 1.0, "layout_rate": 1.0, "length/mean": 70.0}
+    rest = {"reward": 0.5, "reward/accuracy": 0.5, "reward/format": 1.0, "length/max": 80.0, "truncated": 0.1}
+    assert results(rates | rest | {"unscored": 0.0}) == rates
+    assert results(rates | rest | {"reward/short": 0.2, "unscored": 0.1}).keys() == rates.keys() | {
+        "reward/short",
+        "unscored",
+    }
+    # Without an accuracy the reward is what there is.
+    assert results({"reward": 0.5, "reward/mine": 0.5}) == {"reward": 0.5, "reward/mine": 0.5}
+    out = io.StringIO()
+    title = "lookback_rl-semantic with a long name: held-out rows, greedy"
+    Console("RL", 1, file=out, width=50).table(title, rates, rates)
+    assert out.getvalue().splitlines()[0] == title
 
 
 @pytest.mark.parametrize("width", [20, 40, 100])

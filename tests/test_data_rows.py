@@ -43,6 +43,16 @@ def test_columns_are_mapped_and_the_others_kept() -> None:
     assert sample.columns == {"level": 3, "id": "x"}
 
 
+def test_rows_without_gold_answers() -> None:
+    """A question that nobody grades is refused for its missing answer, or is given one that a reward
+    could take for gold."""
+    columns = Columns(answer=None)
+    assert read({"question": "a"}, columns).answer == ""
+    kept = read({"question": "a", "answer": [1]}, columns)
+    assert (kept.answer, kept.columns) == ("", {"answer": [1]})
+    refused({"query": "a"}, "question", "missing question", r"its columns: query\.", columns)
+
+
 def test_id_is_the_place_by_default() -> None:
     """Rows without ids would all be called None."""
     for row in ({}, {"id": None}, {"id": ""}):

@@ -444,7 +444,13 @@ def test_misspelt_image_column(tmp_path: Path) -> None:
     path = written(tmp_path / "rows.jsonl", line(1, image="x.png"))
     with pytest.raises(ValueError, match=r"No row has a column 'images'; the columns are answer, image, q"):
         dataset(path)
-    with pytest.raises(ValueError, match=r"No row has a column 'uid'"):
+    with pytest.raises(ValueError, match=r"data\.columns\.images=image, or data\.columns\.images=null if"):
+        dataset(path)
+    with pytest.raises(
+        ValueError, match=r"No row has a column 'None'.* data\.columns\.images=NAME, or .*=null"
+    ):
+        dataset(path, columns={"images": "None"})  # what columns.images=None on a command line is
+    with pytest.raises(ValueError, match=r"No row has a column 'uid'.* data\.columns\.id=NAME \(g"):
         text_only(path, columns={"images": None, "id": "uid"})
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'anwser'"):
         dataset(path, columns={"anwser": "a"})

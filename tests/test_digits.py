@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 
+from fixtures import tokenizer
+from reflectvlm.config import compose
 from reflectvlm.data.digit_traces import DigitTraces
-from reflectvlm.data.digits import _SCANS, KINDS, PLACES, Digits, _scans
-from reflectvlm.types import Sample
+from reflectvlm.data.digits import _SCANS, KINDS, PLACES, Digits, _scans, conclude
+from reflectvlm.rewards import Accuracy, TagFormat
+from reflectvlm.tags import layout_tags, qwen_la
+from reflectvlm.types import Prompt, Rollout, Sample
 
 PLACE = {name: i for i, name in enumerate(("upper left", "upper right", "lower left", "lower right"))}
 SIDES = {"upper": (0, 1), "lower": (2, 3), "left": (0, 2), "right": (1, 3)}
@@ -185,6 +191,121 @@ def test_instruct_traces_know_no_tags() -> None:
         assert "<" not in trace
         assert trace.endswith(f"{sample.columns['working']}. \\boxed{{{sample.answer}}}")
         assert readings(trace.lower()) == truth(sample)
+
+
+QWEN_LA = re.compile(
+    r"<SUMMARY>(?P<summary>[^<>]*)\.</SUMMARY><CAPTION>(?P<first>[^<>]*)\.</CAPTION>"
+    r"<REASONING>(?P<reasoning>[^<>]*)\.</REASONING>"
+    r"<REFLECTION>Looking again: (?P<again>[^<>.]*)\. (?P<working>[^<>.]*)\.</REFLECTION>"
+    r"<CONCLUSION>(?P<answer>\d+)</CONCLUSION>"
+)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_reflection_corrects_what_was_misread(share: float) -> None:
+    """Bug: a reflection that repeats a misreading, or a first solution that does not follow from its
+    readings: either teaches that reflecting is useless."""
+    wrong = 0
+    for sample in DigitTraces(data=Digits(size=400), style="qwen_la", wrong_first=share):
+        found = QWEN_LA.fullmatch(sample.columns["trace"])
+        assert found, sample.columns["trace"]
+        right, first = truth(sample), readings(found["first"])
+        assert readings(found["again"]) == right
+        assert (found["working"], found["answer"]) == (sample.columns["working"], sample.answer)
+        assert first.keys() == right.keys()
+        differing = [place for place in right if first[place] != right[place]]
+        assert len(differing) <= 1
+        page = [first.get(place, digit) for place, digit in enumerate(sample.columns["digits"])]
+        expected = conclude(sample.columns["kind"], sample.columns["looks"], page, sample.question)[0]
+        assert found["reasoning"] == expected
+        wrong += bool(differing)
+    # Standard deviation of the share at 0.3: sqrt(0.3 * 0.7 / 400) = 0.023; four of them.
+    assert abs(wrong / 400 - share) <= (0.092 if 0 < share < 1 else 0)
+
+
+def test_qwen_la_traces_have_the_layout_and_full_marks() -> None:
+    """Bug: gold answers that the run's own rewards refuse, so that a cold start teaches a broken layout."""
+    rewards = TagFormat(layout=qwen_la()), Accuracy(answer_from="CONCLUSION")
+    rows = DigitTraces(data=Digits(size=200, seed=9), style="qwen_la", wrong_first=0.5)
+    group = [
+        Rollout(prompt=Prompt(sample=row, spans=()), spans=(), text=row.columns["trace"], stop="eos")
+        for row in rows
+    ]
+    for reward in rewards:
+        assert reward(group) == [1.0] * 200
+    summaries = {QWEN_LA.fullmatch(one.text)["summary"] for one in group}  # type: ignore[index]
+    assert summaries >= {"Read the upper left digit", "Add two digits", "Compare two digits"}
+    assert {text for text in summaries if re.fullmatch(r"Count the \ds|Count digits above \d", text)}
+    for row, one in zip(rows, group, strict=True):
+        if row.columns["kind"] in ("count", "exceed"):
+            assert re.findall(r"\d", row.question) == re.findall(r"\d", one.text.split(".")[0])
+
+
+SECOND = "<REFLECTION></REFLECTION>"
+
+
+def test_a_second_reflection_is_empty_and_in_its_share() -> None:
+    """Bug: other pages, misreadings or first reflections with the second one than without, so that the two
+    cannot be compared; or gold answers that the run's own rewards refuse."""
+    parts: Any = {"data": Digits(size=400, seed=9), "style": "qwen_la", "wrong_first": 0.5}
+    once, some, all_of_them = (
+        [row.columns["trace"] for row in DigitTraces(**parts, second_reflection=share)]
+        for share in (0.0, 0.3, 1.0)
+    )
+    assert once == [row.columns["trace"] for row in DigitTraces(**parts)]
+    for plain, maybe, twice in zip(once, some, all_of_them, strict=True):
+        assert QWEN_LA.fullmatch(plain)
+        assert maybe in (plain, twice)
+        assert twice == plain.replace("</REFLECTION>", f"</REFLECTION>{SECOND}")
+        assert twice.count("<REFLECTION>") == 2
+    found = sum(SECOND in text for text in some) / 400
+    # Standard deviation of the share: sqrt(0.3 * 0.7 / 400) = 0.023; four of them.
+    assert abs(found - 0.3) <= 0.092
+    group = [
+        Rollout(prompt=Prompt(sample=row, spans=()), spans=(), text=text, stop="eos")
+        for row, text in zip(parts["data"], all_of_them, strict=True)
+    ]
+    for reward in (TagFormat(layout=qwen_la()), Accuracy(answer_from="CONCLUSION")):
+        assert reward(group) == [1.0] * 400
+
+
+@pytest.mark.parametrize("name", ["wrong_first", "second_reflection"])
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_shares_are_shares(name: str, share: float) -> None:
+    """Bug: 15 for 15 percent gives every trace a second reflection."""
+    with pytest.raises(ValueError, match=rf"DigitTraces.{name} is {share}. It is a share, from 0 to 1"):
+        DigitTraces(data=Digits(size=1), **{name: share})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("style", ["semantic", "solution"])
+def test_look_back_traces_are_short(style: Any) -> None:
+    """Bug: gold answers that are cut by the tiny recipes' 96 tokens."""
+    tokens = tokenizer()
+    rows = DigitTraces(data=Digits(size=500), style=style)
+    lengths = [len(tokens.encode(row.columns["trace"], add_special_tokens=False)) for row in rows]
+    assert max(lengths) + 1 <= 96  # and the end of the turn
+
+
+def test_qwen_la_reflections_are_longer_than_their_target() -> None:
+    """Bug: a target length that the gold reflections have already, so that BRPO has nothing to teach."""
+    target = compose("qwen_la_brpo").values["rubric"]["target_tokens"]
+    texts = [row.columns["trace"] for row in DigitTraces(data=Digits(size=300), style="qwen_la")]
+    inner = [re.findall(r"<REFLECTION>(.*?)</REFLECTION>", text)[0] for text in texts]
+    lengths = [len(tokenizer().encode(text, add_special_tokens=False)) for text in inner]
+    assert sum(lengths) / 300 > 1.5 * target
+
+
+def test_qwen_la_traces_are_short() -> None:
+    """Bug: gold answers that are cut by the tiny recipes' 128 tokens. With each tag as one token, the
+    longest look at four places."""
+    tokens: Any = copy.deepcopy(tokenizer())
+    tokens.add_tokens([AddedToken(tag, special=True, normalized=False) for tag in layout_tags(qwen_la())])
+    lengths: dict[int, list[int]] = {1: [], 2: [], 4: []}
+    for row in DigitTraces(data=Digits(size=500), style="qwen_la"):
+        ids = tokens.encode(row.columns["trace"], add_special_tokens=False)
+        lengths[len(row.columns["looks"])].append(len(ids))
+    assert [max(of) for of in lengths.values()] == [48, 67, 84]
+    assert sum(map(sum, lengths.values())) / 500 < 70
 
 
 def test_traces_keep_their_rows() -> None:

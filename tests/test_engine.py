@@ -19,7 +19,7 @@ from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.protocols import DecodeState, Reattention
 from reflectvlm.reattention import Implicit
 from reflectvlm.rollout.engine import InProcessEngine
-from reflectvlm.types import Prompt, Rollout, SamplingParams, Spans, Text, Visual
+from reflectvlm.types import Insertion, Prompt, Rollout, SamplingParams, Text, Visual
 
 TOLERANCE = 1e-5
 SPECIAL = "<|box_start|>"
@@ -196,12 +196,14 @@ class OnlyFor:
     prompt: Prompt
     inner: ShowAgain
 
+    probe: None = None
+
     @property
     def trigger(self) -> str | None:
         return self.inner.trigger
 
-    def __call__(self, state: DecodeState, /) -> Spans:
-        return self.inner(state) if state.prompt is self.prompt else ()
+    def __call__(self, state: DecodeState, /) -> Insertion | None:
+        return self.inner(state) if state.prompt is self.prompt else None
 
 
 @pytest.mark.parametrize("trigger", [SPECIAL, "a"])
@@ -249,15 +251,18 @@ def test_blocks_stand_before_a_special_and_behind_a_plain_trigger(
 
 def test_what_a_reattention_is_shown(policy: QwenVL, prompts: list[Prompt]) -> None:
     """The state is the row's own: its prompt, its ids with the trigger last, its insertions."""
-    seen: list[tuple[Prompt, tuple[int, ...], str, Spans]] = []
+    seen: list[tuple[Prompt, tuple[int, ...], str, tuple[Insertion, ...]]] = []
+    block = Insertion(before=(Visual(image=0),))
 
     @dataclasses.dataclass(frozen=True)
     class Spy:
         trigger: str = SPECIAL
+        probe: None = None
 
-        def __call__(self, state: DecodeState, /) -> Spans:
-            seen.append((state.prompt, tuple(state.sampled), state.text(), state.inserted))
-            return (Visual(image=0),) if state.prompt.patches and not state.inserted else ()
+        def __call__(self, state: DecodeState, /) -> Insertion | None:
+            assert state.special
+            seen.append((state.prompt, tuple(state.sampled), state.text(), tuple(state.insertions)))
+            return block if state.prompt.patches and not state.insertions else None
 
     groups = generate(policy, prompts, SamplingParams(max_tokens=20), Spy())
     trigger = policy.tokenizer.convert_tokens_to_ids(SPECIAL)
@@ -265,7 +270,7 @@ def test_what_a_reattention_is_shown(policy: QwenVL, prompts: list[Prompt]) -> N
     for prompt, sampled, text, inserted in seen:
         assert sampled[-1] == trigger
         assert text == policy.decode(sampled)
-        assert inserted in ((), (Visual(image=0, before_sampled=True),))
+        assert inserted in ((), (block,))
         owner = groups[prompts.index(prompt)]
         assert any(rollout.sampled_ids[: len(sampled)] == sampled for rollout in owner)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
+import io
 import math
 import re
 from html.parser import HTMLParser
@@ -12,16 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from reflectvlm.html import group_html, pieces, rollout_html
+from reflectvlm.html import KEPT, block_label, group_html, pieces, rollout_html
 from reflectvlm.types import Grid, Patches, Prompt, Rollout, Sample, ScoredGroup, Text, Visual
 
 EVIL = "<script>alert(1)</script><img src=x onerror='a()'>&lt;"
 
 
 def rollout(
-    text: str, *spans: Text | Visual, question: str = "q", size: tuple[int, int] = (300, 100)
+    text: str,
+    *spans: Text | Visual,
+    question: str = "q",
+    size: tuple[int, int] = (300, 100),
+    color: str = "black",
 ) -> Rollout:
-    sample = Sample(id="s<1>", question=question, answer="<b>1</b>", images=(Image.new("RGB", size),))
+    sample = Sample(id="s<1>", question=question, answer="<b>1</b>", images=(Image.new("RGB", size, color),))
     patches = Patches(pixels=torch.zeros(64, 3), grid=Grid(1, 4, 4))
     return Rollout(
         prompt=Prompt(sample=sample, spans=(), patches=(patches,)), spans=spans, text=text, stop="eos"
@@ -90,7 +97,7 @@ def test_chip_stands_before_a_special_trigger() -> None:
     """Prevents an insertion from being shown behind the tag that it was put in front of."""
     show = Visual(image=0, before_sampled=True)
     found = rollout("a<REFLECTION>b<REFLECTION>c", words(1), show, words(77, 2), show, words(77, 3))
-    assert "a⟦image 0 · 16 tokens⟧<REFLECTION>b⟦image 0 · 16 tokens⟧<REFLECTION>c" in order(
+    assert "a⟦image 0: all 16 tokens⟧<REFLECTION>b⟦image 0: all 16 tokens⟧<REFLECTION>c" in order(
         rollout_html(found)
     )
 
@@ -98,7 +105,7 @@ def test_chip_stands_before_a_special_trigger() -> None:
 def test_chip_stands_after_a_plain_text_trigger() -> None:
     """Prevents COPY after `<back>` from looking as if it came before; ROUTE counts its kept tokens."""
     found = rollout("a<back>b</back>", words(1, 2), Visual(image=0, keep=(1, 5, 9)), words(3))
-    assert "a<back>⟦image 0 · 3 tokens⟧b</back>" in order(rollout_html(found))
+    assert "a<back>⟦image 0: 3 of 16 tokens⟧b</back>" in order(rollout_html(found))
 
 
 @pytest.mark.parametrize("text", ["no tag", "<back>a<back>", "<think>a</think><answer>b</answer>"])
@@ -106,7 +113,7 @@ def test_chips_are_listed_where_the_place_is_unknown(text: str) -> None:
     """Prevents a guess: no tag, another count, or several tags that could be meant."""
     page = order(rollout_html(rollout(text, words(1, 2), Visual(image=0), words(3))))
     assert text in page
-    assert "Inserted⟦image 0 · 16 tokens⟧ after 2 sampled tokens" in page
+    assert "Inserted⟦image 0: all 16 tokens⟧ after 2 tokens" in page
 
 
 def test_the_usual_trigger_wins_and_a_given_one_decides() -> None:
@@ -117,11 +124,72 @@ def test_the_usual_trigger_wins_and_a_given_one_decides() -> None:
     assert "Inserted⟦" in order(rollout_html(found, trigger="<none>"))
 
 
+def with_offsets(found: Rollout, *offsets: int) -> Rollout:
+    return dataclasses.replace(found, offsets=offsets)
+
+
+def test_a_rollout_with_offsets_knows_the_places() -> None:
+    """Prevents a guess, and the list, where it is known at which character each token begins: two tags
+    that could be meant, a trigger that is no tag, blocks of both kinds, one at the very end."""
+    found = rollout("<think>so</think>see", words(1, 2), Visual(image=0), words(3, 4), Visual(image=0))
+    page = order(rollout_html(with_offsets(found, 0, 7, 9, 17)))
+    assert "<think>so⟦image 0: all 16 tokens⟧</think>see⟦image 0: all 16 tokens⟧" in page
+    assert "Inserted" not in page
+
+
+def test_a_block_inside_of_a_tag_is_shown_there() -> None:
+    """Prevents a block that vanishes, or text that is shown twice, where a token holds the end of one tag
+    and the beginning of the next: `><`."""
+    found = rollout("<think>a</think><back>b", words(1, 2), Visual(image=0, before_sampled=True), words(3))
+    page = order(rollout_html(with_offsets(found, 0, 9, 15)))
+    assert "<think>a</think⟦image 0: all 16 tokens⟧><back>b" in page
+
+
+@given(st.text(alphabet="<>/back ", max_size=30), st.data())
+def test_blocks_anywhere_leave_the_text_as_it_is(text: str, data: st.DataObject) -> None:
+    """Prevents characters lost or doubled around blocks, wherever tokens begin."""
+    offsets = sorted(data.draw(st.lists(st.integers(0, len(text)), min_size=2, max_size=6)))
+    spans = [span for i in range(len(offsets)) for span in (words(i), Visual(image=0))]
+    page = order(rollout_html(with_offsets(rollout(text, *spans), *offsets)))
+    label = "⟦image 0: all 16 tokens⟧"
+    assert page.count(label) == len(offsets)
+    assert page.replace(label, "").endswith(f"{text}stop: eos · {len(offsets)} sampled tokens")
+
+
+def test_what_a_block_holds() -> None:
+    """Prevents ROUTE from looking like COPY on the terminal and in notebooks."""
+    grids = (Grid(1, 4, 4), Grid(1, 2, 3))
+    assert block_label(Visual(image=1, keep=(0, 5)), grids) == "image 1: 2 of 6 tokens"
+    assert block_label(Visual(image=0), grids) == "image 0: all 16 tokens"
+
+
+def test_the_chosen_cells_are_the_ones_in_colour() -> None:
+    """Prevents rows and columns from being exchanged in the picture of what ROUTE chose. The page is red,
+    300 x 100 with 2 rows of 4 cells; cells 3 and 4 are the right end of the first, the left of the second."""
+    found = rollout("a", words(1), Visual(image=0, keep=(3, 4)), words(2), color="red")
+    patches = Patches(pixels=torch.zeros(32, 3), grid=Grid(1, 2, 4))
+    found = dataclasses.replace(found, prompt=dataclasses.replace(found.prompt, patches=(patches,)))
+    _, data = re.findall(r"base64,([^']+)'", rollout_html(with_offsets(found, 0, 1)))
+    shown = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert shown.size == (KEPT, KEPT // 3)
+    red = [
+        [shown.getpixel((6 + 12 * column, 4 + 8 * row)) == (255, 0, 0) for column in range(4)]
+        for row in range(2)
+    ]
+    assert red == [[False, False, False, True], [True, False, False, False]]
+
+
+def test_a_sample_without_gold_answer_shows_none() -> None:
+    """Prevents an empty "Answer" over what the model answered."""
+    found = rollout("x", words(1))
+    bare = dataclasses.replace(found.prompt.sample, answer="")
+    prompt = dataclasses.replace(found.prompt, sample=bare)
+    assert "Answer" in order(rollout_html(found))
+    assert "Answer" not in order(rollout_html(dataclasses.replace(found, prompt=prompt)))
+
+
 def test_thumbnails_are_small() -> None:
     """Prevents notebooks of hundreds of megabytes: a picture is at most 96 pixels wide and high."""
-    import base64
-    import io
-
     page = rollout_html(rollout("x", size=(2000, 1000)))
     (data,) = re.findall(r"base64,([^']+)'", page)
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (96, 48)

@@ -16,7 +16,7 @@ import pytest
 
 from reflectvlm.integrations.trl import as_trl_reward, from_trl
 from reflectvlm.protocols import Reward
-from reflectvlm.rewards import per_rollout
+from reflectvlm.rewards import ReflectionBalance, per_rollout
 from reflectvlm.types import Prompt, Rollout, Sample, Text
 
 needs_trl = pytest.mark.skipif(
@@ -108,6 +108,42 @@ def test_special_tags_and_cut_answers_come_from_the_ids() -> None:
     )
     assert [r.text for r in recorder.groups[0]] == ["<REFLECTION>yes"] * 2
     assert [r.stop for r in recorder.groups[0]] == ["eos", "length"]
+
+
+def test_a_reward_that_counts_tokens_gets_its_offsets() -> None:
+    """Bug: BRPO's balance failing in TRL for want of offsets, or the end-of-turn token in the text, which
+    no layout allows behind its last block."""
+    recorder = Recorder()
+    words = {4: "<REFLECTION>", 5: "yes", 6: "</REFLECTION>", 1: "<|im_end|>"}
+
+    def decode(ids: Sequence[int]) -> str:
+        return "".join(words[i] for i in ids)
+
+    def offsets(ids: Sequence[int]) -> list[int]:
+        return [len(decode(ids[:place])) for place in range(len(ids))]
+
+    completions = [[4, 5, 5, 6, 1], [4, 5, 6]]
+    given = {
+        "prompts": ["?"] * 2,
+        "completions": [""] * 2,
+        "completion_ids": completions,
+        "answer": ["a"] * 2,
+    }
+    as_trl_reward(recorder, decode=decode, offsets=offsets, end_ids={1})(**given)
+    ended, cut = recorder.groups[0]
+    assert (ended.text, ended.stop) == ("<REFLECTION>yesyes</REFLECTION>", "eos")
+    assert ended.sampled_ids == (4, 5, 5, 6, 1)
+    assert ended.offsets == (0, 12, 15, 18)
+    assert (cut.text, cut.stop, cut.offsets) == ("<REFLECTION>yes</REFLECTION>", "length", (0, 12, 15))
+    # Two tokens against one where one is wished for: 1 - |2 - 1| / 1 and 1 - 0.
+    balance = as_trl_reward(ReflectionBalance(target_tokens=1), decode=decode, offsets=offsets, end_ids={1})
+    assert balance(**given) == [0.0, 1.0]
+
+
+def test_offsets_without_decode_are_refused() -> None:
+    """Bug: offsets into a text from which TRL has left the special tokens out."""
+    with pytest.raises(ValueError, match="'Recorder' has offsets= without decode="):
+        as_trl_reward(Recorder(), offsets=list)
 
 
 def test_a_reward_without_a_value_is_none_to_trl() -> None:

@@ -113,7 +113,7 @@ def test_a_broken_batch_is_kept_with_the_names_of_its_rows(tmp_path, monkeypatch
 
     def step(_):
         monkeypatch.setattr(trainer, "row_ids", ids, raising=False)
-        raise NonFinite("The loss (nan)", trainer.policy.batch([trainer._sequence(0)]))
+        raise NonFinite("The loss (nan)", trainer.policy.batch(trainer.sequences([0])))
 
     monkeypatch.setattr(trainer, "step", step)
     with pytest.raises(NonFinite, match=r"Step 1, batch saved in .*nonfinite-step-1: The loss \(nan\)"):
@@ -166,3 +166,11 @@ def test_rows_left_out_are_listed(tmp_path, capsys):
     trainer = small_sft(tmp_path, steps=1, **QUIET)
     trainer.data = Reported(trainer.data, SimpleNamespace(lines=lambda: ["one", "two"]))
     assert (trainer.run().folder / "rows.txt").read_text() == "one\ntwo\n"
+
+
+def test_the_last_table_s_title_names_a_stage_without_its_digest(tmp_path, capsys):
+    """Bug: the table of a cold start is headed by sixteen hexadecimal digits."""
+    settings = QUIET | {"test": small_sft(tmp_path).test, "steps": 1}
+    run = small_sft(tmp_path, name="lookback_sft-0123456789abcdef", **settings).run()
+    assert "\nlookback_sft: held-out rows, greedy\n" in capsys.readouterr().out
+    assert (run.folder / "summary.md").read_text().startswith("### lookback_sft: held-out rows, greedy\n")

@@ -41,6 +41,13 @@ def test_rates_by_hand(settings: dict[str, Any], total: int, expected: list[floa
     assert rates == pytest.approx([2e-5 * rate for rate in expected], rel=1e-5)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_rate_stays_where_the_schedule_ends(schedule: Any) -> None:
+    """Bug: one step too many, by hand, climbs the gradient (linear) or learns anew (cosine)."""
+    adamw = AdamW(lr=1.0, schedule=schedule, final=0.1)
+    assert [adamw.rate(step, 3) for step in (3, 4, 6, 100)] == pytest.approx([0.1] * 4)
+
+
 def test_frozen_parameters_are_not_in_the_optimiser() -> None:
     """Weight decay would move them."""
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))

@@ -12,7 +12,7 @@ from typing import Any
 import jaxtyping
 import pytest
 
-from reflectvlm.rewards import Custom, RewardError
+from reflectvlm.rewards import Custom, RewardError, per_rollout
 from reflectvlm.rewards.isolation import shared_worker
 from reflectvlm.types import Prompt, Rollout, Sample, Text, Visual
 
@@ -130,6 +130,7 @@ def file(tmp_path: Path) -> Path:
         "async def some(texts): return [None if t == 'b' else 1.5 for t in texts]\n"
         "def hang(texts): return 9**9**9**9\n"
         "def needs_group(rollouts): return [0.0]\n"
+        "def needs_one(rollout): return 0.0\n"
         "def spans_too(spans): return [float(len(s)) for s in spans]\n"
     )
     (tmp_path / "neighbour.py").write_text("BONUS = 100\n")
@@ -152,9 +153,27 @@ def test_by_file_failures(file: Path) -> None:
     """A hang in C is killed by the clock, and a wrong signature says what there is to ask for."""
     with pytest.raises(RewardError, match=r"my_rewards.py:hang gave no answer in 0.3 s and was killed"):
         Custom(function=f"{file}:hang", timeout=0.3)([rollout()])
-    with pytest.raises(ValueError, match=r"asks for 'rollouts'.*Offered: .*texts.*passed as an object"):
-        Custom(function=f"{file}:needs_group")([rollout()])
-    shared_worker(f"{file}:needs_group").close()
+    with pytest.raises(ValueError, match=r"asks for 'rollout',.*Offered: .*texts.*needs @per_rollout"):
+        Custom(function=f"{file}:needs_one")([rollout()])
+    shared_worker(f"{file}:needs_one").close()
+
+
+def test_our_own_forms_by_file(tmp_path: Path) -> None:
+    """Bug: the reward of CONTRIBUTING's page works in a script and fails on every row of a recipe."""
+    path = tmp_path / "five.py"
+    path.write_text(
+        "from reflectvlm.rewards import per_rollout\n"
+        "@per_rollout\n"
+        "def looks(rollout): return rollout.count('<back>') / 2\n"
+        "def whole(group): return [len(group) + len(r.prompt.sample.answer) for r in group]\n"
+    )
+    rollouts = [rollout(), rollout("<back><back>")]
+    assert Custom(function=f"{path}:looks")(rollouts) == [0.5, 1.0]
+    # Two rollouts, and an answer of one character.
+    assert Custom(function=f"{path}:whole")(rollouts) == [3, 3]
+    for name in ("looks", "whole"):
+        shared_worker(f"{path}:{name}").close()
+    assert Custom(function=per_rollout(lambda one: float(len(one.text))))([rollout("abc")]) == [3.0]
 
 
 def test_by_dotted_name(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,9 +181,19 @@ def test_by_dotted_name(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(file.parent))
     assert Custom(function="my_rewards.plain")([rollout("ab")]) == [105.0]
     shared_worker("my_rewards.plain").close()
-    with pytest.raises(RewardError, match="No module named 'no_such_thing'"):
-        Custom(function="no_such_thing.fn")([rollout()])
-    shared_worker("no_such_thing.fn").close()
+
+
+def test_what_cannot_be_found_is_told_at_once(file: Path) -> None:
+    """Bug: a misspelt function fails on every rollout, and a run of days ends well having trained nothing."""
+    with pytest.raises(
+        ValueError, match=r"which cannot be loaded: .*No module named 'no_such_thing'.*Correct"
+    ):
+        Custom(function="no_such_thing.fn")
+    with pytest.raises(ValueError, match=r"has no 'plian'; the nearest is 'plain'\. Correct"):
+        Custom(function=f"{file}:plian")
+    with pytest.raises(ValueError, match=r"has no 'zzz'; it has hang, needs_group, "):
+        Custom(function=f"{file}:zzz")
+    assert shared_worker(f"{file}:zzz").pid is None
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_parameters_are_found_without_importing_here(worker: Worker, path: str) 
         ("segfault", "crash", "SIGSEGV"),
         ("boom", "error", "KeyError: 'missing column'"),
         ("strange", "error", "not JSON serializable"),
-        ("missing", "load", "no attribute 'missing'"),
+        ("missing", "load", "has no 'missing'; it has"),
     ],
 )
 def test_misbehaviour_is_a_value(worker: Worker, path: str, name: str, kind: str, reason: str) -> None:

@@ -16,7 +16,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from reflectvlm.rewards import Custom, RewardFailure, Rubric, per_rollout
+from reflectvlm.rewards import Custom, RewardFailure, Rubric, brpo_rubric, look_back_rubric, per_rollout
+from reflectvlm.tags import look_back
 from reflectvlm.types import Prompt, Rollout, Sample, Text
 
 
@@ -154,6 +155,14 @@ def test_a_sum_that_overflows_is_a_failure() -> None:
     scored = rubric(gives(1e308, 0.0), weight=1e3)(group())
     assert scored.rewards == (0.0, 1.0)
     assert scored.scored == (False, True)
+
+
+@pytest.mark.parametrize("make", [lambda **o: look_back_rubric(look_back(), **o), brpo_rubric])
+def test_the_papers_rubrics_hand_their_policy_on(make: Any) -> None:
+    """Bug: what a failure does can be set for a rubric of one's own, and not for those of the recipes."""
+    rubric = make(on_error="zero", max_failures=7)
+    assert (rubric.on_error, rubric.max_failures) == ("zero", 7)
+    assert (make().on_error, make().max_failures) == ("drop", None)
 
 
 def test_budget_for_failures() -> None:

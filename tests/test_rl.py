@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def test_equal_rewards_move_nothing(tmp_path: Path) -> None:
     metrics = trainer.step(0).metrics
     assert metrics["useful_groups"] == 0
     assert "loss" not in metrics
+    assert metrics["lr"] == pytest.approx(1e-3)  # of step 0, although no weight moved by it
     assert not moved(trainer, before)
 
 
@@ -64,6 +66,39 @@ def test_a_reward_that_raises_is_named_and_survived(tmp_path: Path, caplog: Any)
     assert [any(group.scored) for group in result.groups].count(False) == 1
     assert result.metrics["unscored"] == pytest.approx(1 / 3)
     assert torch.isfinite(torch.tensor(result.metrics["loss"]))
+
+
+def test_a_run_in_which_nothing_is_scored_stops(tmp_path: Path) -> None:
+    """Bug: a reward that fails on every rollout trains nothing, and the run ends well."""
+
+    @per_rollout
+    def broken(_: Rollout) -> float:
+        raise AttributeError("no such thing")
+
+    trainer = trainer_with(tmp_path, broken, steps=9, evaluation=None, test=None)
+    with pytest.raises(
+        RuntimeError, match=r"All rollouts of 3 steps in a row are unscored.*Repair the reward"
+    ):
+        trainer.run()
+    # A run shorter than that must not end well either.
+    short = trainer_with(tmp_path, broken, steps=1, evaluation=None, test=None)
+    with pytest.raises(RuntimeError, match=r"All rollouts of 1 step in a row"):
+        short.run()
+
+
+def test_steps_without_a_score_are_counted_in_a_row(tmp_path: Path) -> None:
+    """Bug: three steps without a score, spread over days, end a run."""
+    answers = iter([None, None, 1.0, None, None, 1.0])
+
+    def sometimes(group: Sequence[Rollout]) -> list[float | None]:
+        value = next(answers)
+        return [value] * len(group)
+
+    trainer = trainer_with(tmp_path, sometimes, steps=9, prompts_per_step=1)
+    metrics = [trainer.step(step).metrics for step in range(6)]
+    assert [one["unscored"] for one in metrics] == [1, 1, 0, 1, 1, 0]
+    # NaN, which is shown as a dash, and not 0, which is a value.
+    assert [math.isnan(one["reward/reward"]) for one in metrics] == [True, True, False, True, True, False]
 
 
 def test_unscored_rollouts_enter_no_batch(tmp_path: Path) -> None:

@@ -23,10 +23,13 @@ NAMES = [
     "Custom",
     "DigitTraces",
     "Digits",
+    "Distiller",
     "Evaluation",
+    "Generator",
     "GroupMean",
     "Implicit",
     "InProcessEngine",
+    "Insertion",
     "Instruction",
     "KL",
     "LeaveOneOut",
@@ -42,7 +45,10 @@ NAMES = [
     "TagFormat",
     "Text",
     "Visual",
+    "VisualCopy",
+    "VisualRoute",
     "__version__",
+    "brpo_rubric",
     "dataset",
     "instruction",
     "load_policy",
@@ -50,6 +56,7 @@ NAMES = [
     "look_back",
     "look_back_rubric",
     "per_rollout",
+    "qwen_la",
     "shapes",
 ]
 
@@ -57,22 +64,44 @@ PACKAGES = {
     "data": "Columns Curriculum Dataset DigitTraces Digits ImageLimits Shapes dataset instruction",
     "models": "QwenVL load_policy",
     "rollout": "InProcessEngine",
-    "train": "AdamW DynamicSampling Evaluation Output RLTrainer RunResult SFTTrainer",
+    "train": "AdamW Distiller DynamicSampling Evaluation Output RLTrainer RunResult SFTTrainer",
 }
 
-RECIPES = ["grpo", "lookback_rl", "lookback_rl_7b", "lookback_sft", "lookback_sft_7b", "tiny_base"]
+RECIPES = [
+    "grpo",
+    "lookback_rl",
+    "lookback_rl_7b",
+    "lookback_sft",
+    "lookback_sft_7b",
+    "qwen_la_brpo",
+    "qwen_la_brpo_7b",
+    "qwen_la_coldstart",
+    "qwen_la_coldstart_7b",
+    "qwen_la_copy",
+    "qwen_la_copy_7b",
+    "qwen_la_distill",
+    "qwen_la_distill_7b",
+    "qwen_la_rl_copy",
+    "qwen_la_rl_route",
+    "qwen_la_route",
+    "qwen_la_route_7b",
+    "qwen_la_text",
+    "qwen_la_text_7b",
+    "tiny_base",
+]
 
 CHOICES = {
-    "policy": "qwen2_5_vl_3b qwen2_5_vl_7b tiny tiny_random",
-    "data": "digit_traces digits digits_to_read rows shapes",
+    "policy": "qwen2_5_vl_3b qwen2_5_vl_7b qwen2_5_vl_7b_qwen_la qwen2_5_vl_7b_qwen_la_sft tiny "
+    "tiny_qwen_la tiny_qwen_la_sft tiny_random",
+    "data": "digit_traces digits digits_to_read qwen_la_questions qwen_la_traces rows shapes",
 }
 
 PROTOCOLS = {
     "Advantage": "__call__",
-    "DecodeState": "inserted prompt sampled text",
+    "DecodeState": "attention ids insertions prompt sampled special text",
     "Objective": "__call__",
-    "Policy": "answer batch decode features module prompt prompt_length reserved_ids save score",
-    "Reattention": "__call__ trigger",
+    "Policy": "answer batch decode features module offsets prompt prompt_length reserved_ids save score",
+    "Reattention": "__call__ probe trigger",
     "Reward": "__call__",
     "RolloutEngine": "generate",
     "Tracker": "close metrics rollouts start",

@@ -17,23 +17,27 @@ if TYPE_CHECKING:
     from reflectvlm.data.instructions import instruction
     from reflectvlm.data.shapes import shapes
     from reflectvlm.data.sources import dataset
+    from reflectvlm.generator import Generator
     from reflectvlm.models.qwen_vl import load_policy
     from reflectvlm.objectives import KL, ClippedSurrogate
-    from reflectvlm.reattention import Implicit
+    from reflectvlm.reattention import Implicit, VisualCopy, VisualRoute
     from reflectvlm.rewards.accuracy import Accuracy
     from reflectvlm.rewards.back import look_back_rubric
     from reflectvlm.rewards.custom import Custom
     from reflectvlm.rewards.layout import TagFormat
     from reflectvlm.rewards.lift import per_rollout
+    from reflectvlm.rewards.reflection import brpo_rubric
     from reflectvlm.rewards.rubric import Rubric
     from reflectvlm.rollout.engine import InProcessEngine
-    from reflectvlm.tags import look_back
+    from reflectvlm.tags import look_back, qwen_la
+    from reflectvlm.train.distill import Distiller
     from reflectvlm.train.evaluate import Evaluation
     from reflectvlm.train.optim import AdamW
     from reflectvlm.train.rl import RLTrainer
     from reflectvlm.train.run import Output
     from reflectvlm.train.sft import SFTTrainer
     from reflectvlm.types import (
+        Insertion,
         Instruction,
         Prompt,
         Rollout,
@@ -53,10 +57,13 @@ _HOME = {
     "Custom": "reflectvlm.rewards.custom",
     "DigitTraces": "reflectvlm.data.digit_traces",
     "Digits": "reflectvlm.data.digits",
+    "Distiller": "reflectvlm.train.distill",
     "Evaluation": "reflectvlm.train.evaluate",
+    "Generator": "reflectvlm.generator",
     "GroupMean": "reflectvlm.advantages",
     "Implicit": "reflectvlm.reattention",
     "InProcessEngine": "reflectvlm.rollout.engine",
+    "Insertion": "reflectvlm.types",
     "Instruction": "reflectvlm.types",
     "KL": "reflectvlm.objectives",
     "LeaveOneOut": "reflectvlm.advantages",
@@ -72,6 +79,9 @@ _HOME = {
     "TagFormat": "reflectvlm.rewards.layout",
     "Text": "reflectvlm.types",
     "Visual": "reflectvlm.types",
+    "VisualCopy": "reflectvlm.reattention",
+    "VisualRoute": "reflectvlm.reattention",
+    "brpo_rubric": "reflectvlm.rewards.reflection",
     "dataset": "reflectvlm.data.sources",
     "instruction": "reflectvlm.data.instructions",
     "load_policy": "reflectvlm.models.qwen_vl",
@@ -79,6 +89,7 @@ _HOME = {
     "look_back": "reflectvlm.tags",
     "look_back_rubric": "reflectvlm.rewards.back",
     "per_rollout": "reflectvlm.rewards.lift",
+    "qwen_la": "reflectvlm.tags",
     "shapes": "reflectvlm.data.shapes",
 }
 
@@ -90,10 +101,13 @@ __all__ = [
     "Custom",
     "DigitTraces",
     "Digits",
+    "Distiller",
     "Evaluation",
+    "Generator",
     "GroupMean",
     "Implicit",
     "InProcessEngine",
+    "Insertion",
     "Instruction",
     "LeaveOneOut",
     "Output",
@@ -108,7 +122,10 @@ __all__ = [
     "TagFormat",
     "Text",
     "Visual",
+    "VisualCopy",
+    "VisualRoute",
     "__version__",
+    "brpo_rubric",
     "dataset",
     "instruction",
     "load_policy",
@@ -116,6 +133,7 @@ __all__ = [
     "look_back",
     "look_back_rubric",
     "per_rollout",
+    "qwen_la",
     "shapes",
 ]
 

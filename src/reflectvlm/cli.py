@@ -1,4 +1,4 @@
-"""The command line: `reflectvlm train | recipes | show`.
+"""The command line: `reflectvlm train | pipeline | generate | recipes | show`.
 
 Exit codes: 0 done; 2 what the user wrote is wrong; 1 the run failed; 143 and 130 after SIGTERM and
 Ctrl-C. Errors are one line on stderr; `REFLECTVLM_TRACEBACK=1` shows where they come from.
@@ -24,6 +24,9 @@ reflectvlm: RL and SFT that teach a vision-language model to look at its image a
   reflectvlm train recipe=lookback_rl               run it; all that comes of it goes to runs/
   reflectvlm train recipe=lookback_rl steps=20 variant=solution optimizer.lr=2e-4
   reflectvlm train recipe=./mine.yaml               run a recipe of your own
+  reflectvlm pipeline qwen_la                       a whole chain of recipes, and the table that compares
+  reflectvlm generate model=runs/NAME/model image=page.png question="Which digit is upper left?"
+  reflectvlm generate model=tiny data=rows.jsonl out=answers.jsonl
 
 Values, after the recipe:
   key=value             change a key that the recipe shows; dots go deeper: optimizer.lr=1e-5
@@ -32,17 +35,39 @@ Values, after the recipe:
                         choose a whole node: a file of recipes/policy/ or recipes/data/
   "key='a, b = c'"      a text with commas, brackets or '=': two kinds of quotes
 
+  recipe:key=value      change a key of a recipe that this one is made from, however deep; '*:key=value'
+                        changes it in all of those that have it, as does key=value for a pipeline
+
 Short names:
   resume=auto           go on with the run of this name where it stopped (output.resume)
   save_every= eval_every= root= keep=
                         the keys of the same name under output
 
+For generate:
+  model=                tiny, a folder (a run's model/) or a hub name. How it looks at the image again and
+                        its instruction are those that it was trained with, unless you give others:
+  reattention=route     or copy (show the image again) or implicit (do not)
+  reattention.m=25 reattention.trigger='<back>' reattention.limit=2
+                        a setting of it; alone it changes the one that the model carries
+  instruction=          a name, a .txt file, or none; instruction.place=system
+  image=a.png,b.png     files or web addresses; also image= several times
+  max_tokens= temperature= top_p= top_k= min_p= stop= seed=
+                        how tokens are drawn; by default the likeliest, at most 1024
+  device= dtype= min_pixels= max_pixels=
+                        where and how the model runs
+  data= out= resume=auto
+                        a file or folder of rows, gold answers not needed; one JSON line per row, and
+                        what is in the file is not answered again
+  columns.question= columns.images= columns.id= root= split= max_rows= max_bad= batch=
+                        how rows are read, and how many are answered at one time
+
 A recipe of your own may begin with ours:
   defaults: [lookback_rl, _self_]
   steps: 40
 
-Recipes that start from another one (start_from) run that one first, once, and keep its model in
-$REFLECTVLM_CACHE, or ~/.cache/reflectvlm. start_from=null policy.path=… starts from a model of yours.
+Recipes that start from another one (start_from), or take its rows (data_from), run that one first, once,
+and keep what it makes in $REFLECTVLM_CACHE, or ~/.cache/reflectvlm. start_from=null policy.path=… starts
+from a model of yours, data_from=null data.path=… takes your rows.
 
 Exit codes: 0 done, 1 the run failed, 2 something you wrote is wrong, 143 or 130 stopped by SIGTERM or
 Ctrl-C (saved; go on with resume=auto). REFLECTVLM_TRACEBACK=1 shows where an error comes from.
@@ -74,7 +99,13 @@ def _dispatch(arguments: list[str]) -> int:
     if command in ("-V", "--version", "version"):
         print(f"reflectvlm {__version__}")
         return 0
-    commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "recipes": _recipes, "show": _show}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "pipeline": _pipeline,
+        "generate": _generate,
+        "recipes": _recipes,
+        "show": _show,
+    }
     if command not in commands:
         near = nearest(command, commands)
         hint = f" Did you mean {near!r}?" if near else ""
@@ -114,9 +145,41 @@ def _train(rest: list[str]) -> int:
     recipe, overrides = _split("train", rest)
     with _own_log_lines():
         _quiet_transformers()
+        _share_cores()
         from reflectvlm.config import load_recipe
 
         return load_recipe(recipe, *overrides).run().exit_code
+
+
+def _pipeline(rest: list[str]) -> int:
+    from reflectvlm.recipe_files import pipelines
+
+    names = [word for word in rest if "=" not in word]
+    if len(names) != 1:
+        raise RecipeError(
+            f"pipeline needs one name, got {len(names)}. There are: {', '.join(pipelines())}; "
+            "your own file goes by its path, e.g. ./mine.yaml."
+        )
+    if flag := next((word for word in rest if word.startswith("-")), None):
+        raise RecipeError(f"{flag!r} is no override: there are no dashes. Write key=value, e.g. seed=1.")
+    with _own_log_lines():
+        _quiet_transformers()
+        _share_cores()
+        from reflectvlm.pipeline import run_pipeline
+
+        return run_pipeline(names[0], *(word for word in rest if word != names[0])).exit_code
+
+
+def _generate(rest: list[str]) -> int:
+    with _own_log_lines():
+        _quiet_transformers()
+        _share_cores()
+        from reflectvlm.generate_options import Given
+
+        given = Given.read(rest)  # a misspelt key is told before torch is imported
+        from reflectvlm.generate_command import generate
+
+        return generate(given)
 
 
 def _split(command: str, rest: Sequence[str]) -> tuple[str, list[str]]:
@@ -164,6 +227,13 @@ def _quiet_transformers() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _share_cores() -> None:
+    """Threads that wait for each other sleep instead of spinning: beside any other busy process a step on
+    two cores otherwise takes ten times as long. Read when torch is imported; a user's own setting wins."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 
 def _fail(text: str, code: int) -> int:

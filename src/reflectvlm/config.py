@@ -1,6 +1,6 @@
-"""Recipes: composing them with overrides, and building the trainer they describe.
+"""Recipes: composing them with overrides. What is built from the values is in `building.py`.
 
-A recipe is a trainer's constructor call written down as flat YAML. This file and `cli.py` are the
+A recipe is a trainer's constructor call written down as flat YAML. This file and `building.py` are the
 only ones that know Hydra; past `load_recipe` there are plain objects. Whatever a user wrote wrong is
 a `RecipeError` of one line.
 
@@ -9,10 +9,9 @@ Left out: sweeps over several values (a shell loop does it) and Hydra's launcher
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,20 +21,15 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, InstantiationException
-from hydra.utils import instantiate
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from reflectvlm import stages
-from reflectvlm.recipe_check import RecipeError, arguments, check_recipe, leaves, locate, nearest
+from reflectvlm.recipe_check import RecipeError, arguments, leaves, nearest
 from reflectvlm.recipe_files import find_recipe, recipes_folder
 
 if TYPE_CHECKING:
-    from reflectvlm.train.rl import RLTrainer
-    from reflectvlm.train.sft import SFTTrainer
-
-log = logging.getLogger("reflectvlm")
+    from reflectvlm.building import Runnable
 
 GROUPS = ("policy", "data")
 """Nodes that are chosen whole: `policy=tiny` takes recipes/policy/tiny.yaml."""
@@ -43,9 +37,12 @@ GROUPS = ("policy", "data")
 SHORT_NAMES = {name: f"output.{name}" for name in ("resume", "save_every", "eval_every", "root", "keep")}
 """Short names on the command line, and the keys they stand for."""
 
-_OUTPUT = "reflectvlm.train.run.Output"
-_APART = ("_target_", "policy", "start_from")
-_SLOW = ("data", "evaluation", "test")  # may read files: built after all that only checks itself
+OUTPUT = "reflectvlm.train.run.Output"
+STAGES = "stages"
+"""The node of a recipe that holds overrides for its stages: `{qwen_la_brpo: [steps=20]}`."""
+EVERY = "*"
+"""Instead of a stage's name: all stages that know the key."""
+_OF_STAGE = re.compile(r"([\w.-]+|\*):(.+)", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,43 +55,114 @@ class Composed:
     yaml: str
 
 
-def load_recipe(recipe: str, *overrides: str) -> RLTrainer | SFTTrainer:
+def load_recipe(recipe: str, *overrides: str) -> Runnable:
     """The trainer that a recipe describes, ready to `run()` or to take apart.
 
     `recipe` is a name (`reflectvlm recipes` lists them) or the path of a YAML file. If the recipe
-    starts from another one, that one is run first, unless its model is already there.
+    starts from another one or takes its rows from one, that one is run first, unless what it makes is
+    already there. An override for such a stage, however deep, has its recipe's name in front.
 
-    Example: `load_recipe("lookback_rl", "steps=3", "variant=solution").run()`
+    Example: `load_recipe("lookback_rl", "steps=3", "variant=solution", "lookback_sft:steps=9").run()`
     """
-    composed = compose(recipe, overrides)
-    return _build(composed.values, _record(composed), composed.overrides)
+    from reflectvlm.chain import build
+
+    return build(compose(recipe, overrides))
 
 
 def compose(recipe: str, overrides: Sequence[str] = ()) -> Composed:
     """The recipe's values after overrides. Raises RecipeError for anything a user wrote wrong."""
     folder, name = find_recipe(recipe)
-    long = [_long_name(override) for override in overrides]
+    own, told = _split(overrides, short_name(recipe))
+    long = [_long_name(override) for override in own]
     parsed = [_parse(override) for override in long]
     _check_choices(folder, parsed)
     chosen = [o for o, p in zip(long, parsed, strict=True) if _is_choice(p)]
-    try:
+    with _readable(recipe):
         shown = _hydra(folder, name, chosen)
         for override in parsed:
             _check_key(override, shown, recipe)
         config = _hydra(folder, name, long)
         if "output" in config and isinstance(config.output, DictConfig) and "_target_" not in config.output:
-            OmegaConf.update(config, "output._target_", _OUTPUT, force_add=True)
+            OmegaConf.update(config, "output._target_", OUTPUT, force_add=True)
         values = OmegaConf.to_container(config, resolve=True)
-    except yaml.MarkedYAMLError as error:
-        raise RecipeError(_yaml_problem(error, recipe)) from error
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"Recipe {recipe!r}: {_one_line(error)}") from error
     assert isinstance(values, dict)
+    if STAGES in values or told:
+        values[STAGES] = _joined(values.get(STAGES), told)
     text = OmegaConf.to_yaml(OmegaConf.create(values))
     return Composed(recipe=recipe, overrides=tuple(overrides), values=values, yaml=text)  # type: ignore[arg-type]
 
 
+def taken(recipe: str, overrides: Sequence[str]) -> list[str]:
+    """Those of the overrides whose key the recipe shows or, with a '+', could be given."""
+    if not overrides:
+        return []
+    folder, name = find_recipe(recipe)
+    with _readable(recipe):
+        shown = _hydra(folder, name, [])
+
+    def takes(override: str) -> bool:
+        parsed = _parse(_long_name(override))
+        if parsed.is_add() and not parsed.is_force_add():
+            return parsed.key_or_group in _hidden_keys(shown)
+        return _has(shown, parsed.key_or_group)
+
+    return [override for override in overrides if takes(override)]
+
+
+def key_of(override: str) -> str:
+    """The key of an override without what stands in front of it: `optimizer.lr` of `+optimizer.lr=1`."""
+    return str(_parse(_long_name(override)).key_or_group)
+
+
+def short_name(recipe: str) -> str:
+    """The name by which overrides address a recipe: without folder and .yaml."""
+    return Path(recipe).stem if "/" in recipe or recipe.endswith(".yaml") else recipe
+
+
+def of_stage(word: str) -> tuple[str, str] | None:
+    """`qwen_la_brpo:steps=9` -> (recipe, override); None for an override of the recipe itself."""
+    found = _OF_STAGE.fullmatch(word)
+    return (found[1], found[2]) if found else None
+
+
 # -- composing ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _readable(recipe: str) -> Iterator[None]:
+    """What reading a recipe may raise, as a RecipeError."""
+    try:
+        yield
+    except yaml.MarkedYAMLError as error:
+        raise RecipeError(_yaml_problem(error, recipe)) from error
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"Recipe {recipe!r}: {_one_line(error)}") from error
+
+
+def _split(overrides: Sequence[str], name: str) -> tuple[list[str], dict[str, list[str]]]:
+    """The overrides of the recipe called `name`, and those of its stages by recipe."""
+    own: list[str] = []
+    told: dict[str, list[str]] = {}
+    for word in overrides:
+        found = of_stage(word)
+        if found and found[0] == name:
+            own.append(found[1])
+        elif found:
+            told.setdefault(found[0], []).append(found[1])
+        else:
+            own.append(word)
+    return own, told
+
+
+def _joined(written: Any, told: dict[str, list[str]]) -> dict[str, list[str]]:
+    """What a recipe tells its stages, and what was added to it."""
+    before = {} if written is None else written
+    if not isinstance(before, dict) or not all(
+        lines is None or isinstance(lines, list) for lines in before.values()
+    ):
+        raise RecipeError(f"{STAGES} is {written!r}. Write {{recipe: [key=value, …]}}.")
+    names = map(str, {**before, **told})
+    return {name: [*map(str, before.get(name) or ()), *told.get(name, [])] for name in names}
 
 
 def _hydra(folder: Path, name: str, overrides: Sequence[str]) -> DictConfig:
@@ -212,89 +280,3 @@ def _one_line(error: Exception) -> str:
         return f"it writes its {key} out, so none can be chosen. Change single keys: {key}.<key>=value."
     paragraph = re.split(r"\n\s*\n|\nConfig search path|\nSee https|\n\s*object_type", str(error).strip())[0]
     return re.sub(r"\s+", " ", paragraph).replace("full_key:", "at").rstrip(".") + "."
-
-
-# -- building -------------------------------------------------------------------------------------
-
-
-def _record(composed: Composed) -> str:
-    """What the run's folder keeps: a recipe that gives the same run. `resume` says how a process was
-    started, not what the run is."""
-    values = {**composed.values}
-    if isinstance(values.get("output"), dict):
-        values["output"] = {key: value for key, value in values["output"].items() if key != "resume"}
-    return f"# {composed.recipe}, composed\n{OmegaConf.to_yaml(OmegaConf.create(values))}"
-
-
-def _build(values: Mapping[str, Any], record: str, overrides: Sequence[str]) -> RLTrainer | SFTTrainer:
-    """Everything but the policy is built first, so that a mistake is told before a model is loaded or
-    a cold start runs."""
-    from reflectvlm.models.qwen_vl import QwenVL
-    from reflectvlm.train.rl import RLTrainer
-    from reflectvlm.train.sft import SFTTrainer
-
-    check_recipe({key: value for key, value in values.items() if key != "start_from"})
-    rest = sorted((key for key in values if key not in _APART), key=_SLOW.__contains__)
-    parts = _instantiate({key: values[key] for key in rest}, "")
-    blank = object.__new__(QwenVL)  # stands in for the policy, which no constructor looks into
-    try:
-        draft = locate(values["_target_"])(policy=blank, **parts)
-    except (ValueError, TypeError) as error:
-        raise RecipeError(str(error)) from error
-    if not isinstance(draft, RLTrainer | SFTTrainer):
-        raise RecipeError(f"The recipe's _target_ is {values['_target_']!r}, which makes no trainer.")
-    output = dataclasses.replace(draft.output, recipe_yaml=record, overrides=tuple(overrides))
-    policy = _instantiate(_with_start(values)["policy"], "policy")
-    return dataclasses.replace(draft, policy=policy, output=output)
-
-
-def _instantiate(node: Mapping[str, Any], key: str) -> Any:
-    try:
-        return instantiate(OmegaConf.create(dict(node)), _convert_="all")
-    except InstantiationException as error:
-        cause = error.__cause__
-        if not isinstance(cause, ValueError | TypeError | OSError):
-            raise (cause or error) from None
-        inner = re.search(r"full_key: (\S+)", str(error))
-        where = ".".join(part for part in (key, inner.group(1) if inner else "") if part)
-        raise RecipeError(f"{where}: {cause}" if where else str(cause)) from cause
-
-
-def _with_start(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values without `start_from`, whose model has become the policy's path."""
-    rest = {key: value for key, value in values.items() if key != "start_from"}
-    start = values.get("start_from")
-    if start is None:
-        return rest
-    if not isinstance(start, Mapping) or not {"recipe"} <= set(start) <= {"recipe", "overrides"}:
-        raise RecipeError(
-            f"start_from is {start!r}. Write {{recipe: name, overrides: [key=value, …]}}, or null."
-        )
-    return {**rest, "policy": {**rest["policy"], "path": str(_start_model(start, rest["policy"]))}}
-
-
-def _start_model(start: Mapping[str, Any], policy: Mapping[str, Any]) -> Path:
-    """The model of the recipe that this one starts from, found in the cache or made there."""
-    recipe = str(start["recipe"])
-    stage = compose(recipe, tuple(map(str, start.get("overrides") or ())))
-    theirs, ours = ((node or {}).get("path") for node in (stage.values.get("policy"), policy))
-    if theirs != ours:
-        raise RecipeError(
-            f"policy.path is {ours!r}, but start_from would replace it by what {recipe} makes of {theirs!r}. "
-            f"Give start_from=null to start from {ours!r} as it is, "
-            f"or \"start_from.overrides=['policy.path={ours}']\" to begin with it there."
-        )
-    values = _with_start(stage.values)
-    folder = stages.stages_folder() / stages.stage_name(recipe, values)
-    if model := stages.finished_model(folder):
-        log.info("cold start %s found in %s", recipe, folder)
-        return model
-    log.info("cold start %s runs first, in %s; later runs find it there", recipe, folder)
-    output = {**(values.get("output") or {}), "root": str(folder.parent), "resume": "auto"}
-    values |= {"name": folder.name, "variant": "", "output": {"_target_": _OUTPUT, **output}}
-    result = _build(values, _record(stage), stage.overrides).run()
-    if not result.finished:
-        raise stages.StageStopped(
-            f"cold start {recipe} was stopped; the same command goes on with it", result.exit_code
-        )
-    return result.model

@@ -12,16 +12,18 @@ import io
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from reflectvlm.types import Rollout, ScoredGroup, Text
+from reflectvlm.types import Grid, Rollout, ScoredGroup, Text, Visual
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 THUMBNAIL = 96
 """Longest side of a picture, in pixels."""
+KEPT = 48
+"""The same for the picture in an inserted block that shows which tokens were chosen."""
 
 _TAG = re.compile(r"<(/?)([A-Za-z_][\w-]{0,31})>")
 _TRIGGERS = ("REFLECTION", "back")
@@ -72,6 +74,13 @@ def pieces(text: str) -> Iterator[Piece]:
         yield Piece(text[end:], None)
 
 
+def block_label(block: Visual, grids: Sequence[Grid]) -> str:
+    """What an inserted block holds: `"image 0: 8 of 16 tokens"`."""
+    tokens = grids[block.image].tokens
+    shown = f"all {tokens}" if block.keep is None else f"{len(block.keep)} of {tokens}"
+    return f"image {block.image}: {shown} tokens"
+
+
 def tag_color(tag: str, colors: int) -> int:
     """A number below `colors`, always the same one for a tag's name."""
     return zlib.crc32(tag.lower().encode()) % colors
@@ -84,22 +93,45 @@ def _box(body: str) -> str:
 def _question(rollout: Rollout) -> str:
     sample = rollout.prompt.sample
     pictures = "".join(_thumbnail(image) for image in sample.images)
+    gold = f"<div style='margin-bottom:6px'><b>Answer</b> {html.escape(sample.answer)}</div>"
     return (
         f"<div style='{_FAINT}'>sample {html.escape(sample.id)}</div>{pictures}"
         f"<div style='white-space:pre-wrap'><b>Question</b> {html.escape(sample.question)}</div>"
-        f"<div style='margin-bottom:6px'><b>Answer</b> {html.escape(sample.answer)}</div>"
+        + (gold if sample.answer else "")
     )
 
 
 def _thumbnail(image: Image) -> str:
+    return _picture(_small(image, THUMBNAIL), "image", "border-radius:4px;margin:4px 6px 4px 0")
+
+
+def _small(image: Image, side: int) -> Image:
     small = image.convert("RGB")
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.thumbnail((side, side))
+    return small
+
+
+def _picture(image: Image, name: str, style: str) -> str:
     file = io.BytesIO()
-    small.save(file, "PNG")
+    image.save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode()
-    return (
-        f"<img alt='image' src='data:image/png;base64,{data}' style='border-radius:4px;margin:4px 6px 4px 0'>"
-    )
+    return f"<img alt='{name}' src='data:image/png;base64,{data}' style='{style}'>"
+
+
+def _kept(rollout: Rollout, block: Visual) -> str:
+    """The image of a block with all cells faded that were not chosen."""
+    images, grid = rollout.prompt.sample.images, rollout.prompt.grids[block.image]
+    if block.keep is None or block.image >= len(images):
+        return ""
+    from PIL import Image
+
+    small = _small(images[block.image], KEPT)
+    faded = Image.blend(small.convert("L").convert("RGB"), Image.new("RGB", small.size, "grey"), 0.8)
+    cells = [255 * (cell in block.keep) for cell in range(grid.rows * grid.columns)]
+    mask = Image.frombytes("L", (grid.columns, grid.rows), bytes(cells))
+    mask = mask.resize(small.size, Image.Resampling.NEAREST)
+    style = "border-radius:3px;margin:2px 0 2px 5px;vertical-align:middle"
+    return _picture(Image.composite(small, faded, mask), "chosen tokens", style)
 
 
 def _rewards(group: ScoredGroup, index: int) -> str:
@@ -119,9 +151,9 @@ def _number(value: float) -> str:
 
 def _answer(rollout: Rollout, trigger: str | None) -> str:
     chips = list(_chips(rollout))
-    tag = _tag_of_insertions(rollout, trigger)
-    body = _body(rollout.text, tag, chips)
-    after = "" if tag or not chips else _chip_list(chips)
+    places = _places(rollout, chips, trigger) if chips else []
+    body = _body(rollout.text, chips if places else [], places)
+    after = _chip_list(chips) if chips and not places else ""
     foot = f"stop: {rollout.stop} · {len(rollout.sampled_ids)} sampled tokens"
     return f"<div style='{_PRE}'>{body}</div>{after}<div style='{_FAINT}'>{foot}</div>"
 
@@ -129,27 +161,37 @@ def _answer(rollout: Rollout, trigger: str | None) -> str:
 class _Chip(NamedTuple):
     markup: str
     offset: int
-    """Sampled tokens in front of the insertion."""
+    """Text tokens in front of the insertion."""
     before: bool
 
 
 def _chips(rollout: Rollout) -> Iterator[_Chip]:
     offset = 0
-    grids = rollout.prompt.grids
     for span in rollout.spans:
         if isinstance(span, Text):
             offset += len(span.ids)
         else:
-            tokens = grids[span.image].tokens if span.keep is None else len(span.keep)
-            label = f"⟦image {span.image} · {tokens} tokens⟧"
+            label = f"⟦{block_label(span, rollout.prompt.grids)}⟧{_kept(rollout, span)}"
             yield _Chip(f"<span style='{_VISUAL}'>{label}</span>", offset, span.before_sampled)
+
+
+def _places(rollout: Rollout, chips: Sequence[_Chip], trigger: str | None) -> list[int]:
+    """The character at which each insertion stands; empty if that is unknown."""
+    if rollout.offsets:
+        return [(*rollout.offsets, len(rollout.text))[chip.offset] for chip in chips]
+    tag = _tag_of_insertions(rollout, trigger)
+    if tag is None:
+        return []
+    ends = [(match.start(), match.end()) for match in re.finditer(re.escape(tag), rollout.text)]
+    return [start if chip.before else end for chip, (start, end) in zip(chips, ends, strict=True)]
 
 
 def _tag_of_insertions(rollout: Rollout, trigger: str | None) -> str | None:
     """The tag whose every occurrence belongs to one insertion, if exactly one tag can be it.
 
-    A rollout knows the places of its insertions in tokens, not in characters; equal counts give the
-    place in the text. Blocks of both kinds (in front of the tag, behind it) are not told apart.
+    Without `offsets` a rollout knows the places of its insertions in tokens, not in characters; equal
+    counts give the place in the text. Blocks of both kinds (in front of the tag, behind it) are not
+    told apart.
     """
     found = rollout.insertions
     if not found or len({span.before_sampled for span in found}) > 1:
@@ -163,27 +205,28 @@ def _tag_of_insertions(rollout: Rollout, trigger: str | None) -> str | None:
     return fits[0] if len(fits) == 1 else None
 
 
-def _body(text: str, tag: str | None, chips: list[_Chip]) -> str:
-    waiting = iter(chips)
-    out = []
+def _body(text: str, chips: Sequence[_Chip], places: Sequence[int]) -> str:
+    """The text in colours, with each insertion in front of its character."""
+    waiting = sorted(zip(places, chips, strict=True), key=lambda pair: pair[0])
+    out, end = [], 0
     for piece in pieces(text):
-        colored = _colored(piece)
-        if tag is not None and piece.text == tag:
-            chip = next(waiting)
-            out.append(chip.markup + colored if chip.before else colored + chip.markup)
-        else:
-            out.append(colored)
-    return "".join(out)
+        start, end = end, end + len(piece.text)
+        while waiting and waiting[0][0] < end:
+            place, chip = waiting.pop(0)
+            out += [_colored(text[start:place], piece.tag), chip.markup]
+            start = max(start, place)
+        out.append(_colored(text[start:end], piece.tag))
+    return "".join([*out, *(chip.markup for _, chip in waiting)])
 
 
-def _colored(piece: Piece) -> str:
-    if piece.tag is None:
-        return html.escape(piece.text)
-    hue = _HUES[tag_color(piece.tag, len(_HUES))]
+def _colored(text: str, tag: str | None) -> str:
+    if tag is None or not text:
+        return html.escape(text)
+    hue = _HUES[tag_color(tag, len(_HUES))]
     style = f"background:hsla({hue},75%,55%,.28);border-radius:4px;padding:0 3px;font-weight:600"
-    return f"<span style='{style}'>{html.escape(piece.text)}</span>"
+    return f"<span style='{style}'>{html.escape(text)}</span>"
 
 
 def _chip_list(chips: list[_Chip]) -> str:
-    items = "".join(f"<div>{chip.markup} after {chip.offset} sampled tokens</div>" for chip in chips)
+    items = "".join(f"<div>{chip.markup} after {chip.offset} tokens</div>" for chip in chips)
     return f"<div style='margin:4px 0'><b>Inserted</b>{items}</div>"

@@ -11,7 +11,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from reflectvlm.batch import Batch, LossInputs, LossOutputs, TokenScores
-from reflectvlm.types import Instruction, Patches, Prompt, Rollout, Sample, SamplingParams, ScoredGroup, Spans
+from reflectvlm.types import (
+    AttentionProbe,
+    Insertion,
+    Instruction,
+    Patches,
+    Prompt,
+    Rollout,
+    Sample,
+    SamplingParams,
+    ScoredGroup,
+    Spans,
+)
 
 
 @runtime_checkable
@@ -55,12 +66,27 @@ class DecodeState(Protocol):
         ...
 
     @property
-    def inserted(self) -> Spans:
-        """Visual spans inserted so far."""
+    def insertions(self) -> Sequence[Insertion]:
+        """What went into this answer before."""
+        ...
+
+    @property
+    def special(self) -> bool:
+        """True if the trigger is one special token, False if it is a tag in plain text."""
         ...
 
     def text(self) -> str:
         """The answer so far, decoded with all tags."""
+        ...
+
+    def ids(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text that is to be forced, e.g. a closing tag."""
+        ...
+
+    def attention(self, image: int) -> Float[Tensor, " V"]:
+        """Attention that the answer's tokens paid to each visual token of one image of the prompt: mean
+        over the tokens sampled before the one that completed the trigger; 0 if there are none. Raises
+        ValueError if the `Reattention` has no `probe`."""
         ...
 
 
@@ -69,15 +95,16 @@ class Reattention(Protocol):
     """When and with what a row looks at its image again.
 
     `trigger` is the tag that asks for it, e.g. `"<REFLECTION>"`, or None for never. When a row has
-    just sampled it, the engine calls the object, and puts the returned spans *before* a trigger
-    that is one special token, or right *after* the last piece of a plain-text tag. `()` inserts
-    nothing.
+    just sampled it, whole, the object is called and its `Insertion` goes around the tag. A false
+    value inserts nothing. `probe` says which attention it will ask the state for; None for none.
     """
 
     @property
     def trigger(self) -> str | None: ...
+    @property
+    def probe(self) -> AttentionProbe | None: ...
 
-    def __call__(self, state: DecodeState, /) -> Spans: ...
+    def __call__(self, state: DecodeState, /) -> Insertion | None: ...
 
 
 @runtime_checkable
@@ -140,6 +167,10 @@ class Policy(Protocol):
 
     def save(self, folder: Path) -> None:
         """Writes a folder that stock `from_pretrained` loads."""
+        ...
+
+    def offsets(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Character of `decode(ids)` at which each token begins."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:

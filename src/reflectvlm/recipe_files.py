@@ -21,6 +21,33 @@ def recipes() -> dict[str, str]:
     return {file.stem: _first_comment(file) for file in files}
 
 
+def pipelines() -> dict[str, str]:
+    """Name -> description of the chains of recipes that `reflectvlm pipeline` runs."""
+    return {
+        file.stem: _first_comment(file) for file in sorted((recipes_folder() / "pipelines").glob("*.yaml"))
+    }
+
+
+def find_pipeline(name: str) -> Path:
+    """The file of a pipeline's name, or the file itself, which has a slash or ends in .yaml."""
+    if "/" in name or name.endswith(".yaml"):
+        path = Path(name).expanduser().absolute()
+        if path.suffix != ".yaml" or not path.is_file():
+            raise RecipeError(
+                f"No pipeline file at {name!r}. Give a .yaml file that exists, or a name: "
+                f"{', '.join(pipelines())}."
+            )
+        return path
+    if name not in pipelines():
+        near = nearest(name, pipelines())
+        hint = f"Did you mean {near!r}? " if near else ""
+        raise RecipeError(
+            f"No pipeline is called {name!r}, only {', '.join(pipelines())}. {hint}"
+            "Your own file goes by its path, e.g. ./mine.yaml."
+        )
+    return recipes_folder() / "pipelines" / f"{name}.yaml"
+
+
 def find_recipe(recipe: str) -> tuple[Path, str]:
     """(folder, file name without .yaml) of a name, or of a path, which has a slash or ends in .yaml."""
     if "/" not in recipe and not recipe.endswith((".yaml", ".yml")):

@@ -78,7 +78,8 @@ def flatten(spans: Spans, grids: Sequence[Grid], vision: VisionIds, *, start: in
                 if n and before_block >= 0:
                     predictor[0] = before_block
                     before_block = -1
-                logprobs = np.asarray(span.logprobs or (0.0,) * n, dtype=np.float32)
+                known = span.logprobs if span.trained and span.logprobs else (0.0,) * n
+                logprobs = np.asarray(known, dtype=np.float32)
                 pieces.append((ids, positions, text, text, np.full(n, span.trained), predictor, logprobs))
                 position += n
             case Visual():

@@ -152,6 +152,11 @@ def tag_names(layout: Layout) -> tuple[str, ...]:
     return tuple(dict.fromkeys(block.tag for block in (*layout.blocks, *layout.floating)))
 
 
+def layout_tags(layout: Layout) -> tuple[str, ...]:
+    """Each opening and closing tag once: `("<think>", "</think>", "<back>", "</back>")` for Look-Back."""
+    return tuple(tag for name in tag_names(layout) for tag in (f"<{name}>", f"</{name}>"))
+
+
 def find_boxes(text: str) -> tuple[Box, ...]:
     r"""All brace-balanced `\boxed{…}`, by where they end. Escaped braces (`\{`) do not count."""
     open_braces: list[tuple[int, int] | None] = []  # None: a brace that opens no box

@@ -72,6 +72,40 @@ Span: TypeAlias = Text | Visual
 Spans: TypeAlias = tuple[Span, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Insertion:
+    """What re-attention puts around the tag that asked for it.
+
+    Examples:
+        Insertion(before=(Visual(image=0),))                          the image, then `<REFLECTION>`
+        Insertion(after=(Visual(image=0),))                           `<back>`, then the image
+        Insertion(before=(Visual(image=0),), after=(Text(ids=(78,)),))  and `</REFLECTION>` forced at once
+    """
+
+    before: Spans = ()
+    """In front of the tag's first token."""
+    after: Spans = ()
+    """Behind the tag's last token."""
+
+    def __bool__(self) -> bool:
+        return bool(self.before or self.after)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionProbe:
+    """Which attention a `Reattention` wants to know: over these layers the mean, over heads mean or max."""
+
+    layers: tuple[int, ...] | None = None
+    """Numbers of decoder layers, negative ones from the end; None for all."""
+    heads: Literal["mean", "max"] = "mean"
+
+    def __post_init__(self) -> None:
+        if self.heads not in ("mean", "max"):
+            raise ValueError(f"heads is {self.heads!r}. It must be 'mean' or 'max'.")
+        if self.layers is not None and (not self.layers or len({*self.layers}) < len(self.layers)):
+            raise ValueError(f"layers is {self.layers}. Name at least one layer, each once, or None for all.")
+
+
 class Grid(NamedTuple):
     """Size of one image in *merged* cells, which is one visual token each: frames, rows, columns."""
 
@@ -168,6 +202,9 @@ class Rollout:
     stop: StopReason
     policy_version: int = 0
     """Optimiser steps taken before this rollout was sampled."""
+    offsets: tuple[int, ...] = ()
+    """Character of `text` at which each token of the text spans begins, the end-of-turn token perhaps left
+    out; empty if nobody counted."""
 
     @property
     def sequence(self) -> Spans:
@@ -177,11 +214,26 @@ class Rollout:
     @property
     def sampled_ids(self) -> tuple[int, ...]:
         """Ids the policy sampled, insertions left out; the end-of-turn token counts."""
-        return tuple(i for span in self.spans if isinstance(span, Text) and span.trained for i in span.ids)
+        texts = (span for span in self.spans if isinstance(span, Text))
+        return tuple(i for span in texts if span.trained or span.logprobs for i in span.ids)
 
     @property
     def insertions(self) -> tuple[Visual, ...]:
         return tuple(span for span in self.spans if isinstance(span, Visual))
+
+    def tokens_between(self, start: int, end: int) -> int:
+        """Sampled tokens that begin in `text[start:end]`; text that re-attention forced does not count.
+
+        Raises ValueError if this rollout has no `offsets`.
+        """
+        if self.text and not self.offsets:
+            raise ValueError(
+                f"The rollout of sample {self.prompt.sample.id!r} does not say where its tokens begin. "
+                "Make it with offsets=policy.offsets(ids), as the engines do."
+            )
+        texts = [span for span in self.spans if isinstance(span, Text)]
+        sampled = [span.trained or bool(span.logprobs) for span in texts for _ in span.ids]
+        return sum(own and start <= at < end for own, at in zip(sampled, self.offsets, strict=False))
 
     def count(self, tag: str) -> int:
         """How often `tag`, e.g. `"<back>"`, occurs in the text."""

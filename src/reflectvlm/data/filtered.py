@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, TypeAlias, overload
 
 from reflectvlm.data.rows import BadRow, Columns, Row
+from reflectvlm.recipe_check import nearest
 from reflectvlm.types import Sample
 
 _log = logging.getLogger("reflectvlm")
@@ -173,12 +174,18 @@ def checked(
 
 def _check_columns(columns: Columns, seen: set[str]) -> None:
     """A misspelt image column would give a data set of text rows and a run that never sees."""
-    asked = [*columns.image_names, *([columns.id] if columns.id != Columns().id else [])]
-    missing = [name for name in asked if name not in seen]
+    asked = [("images", name) for name in columns.image_names]
+    if columns.id != Columns().id:
+        asked.append(("id", columns.id))
+    missing = [(part, name) for part, name in asked if name not in seen]
     if seen and missing:
+        part, name = missing[0]
+        near = nearest(name, sorted(seen))
+        without = ", or data.columns.images=null if the rows have no images" if part == "images" else ""
         raise ValueError(
-            f"No row has a column '{missing[0]}'; the columns are {', '.join(sorted(seen))}. "
-            "Name the right one in Columns, or set columns.images=None if the rows have no images."
+            f"No row has a column '{name}'; the columns are {', '.join(sorted(seen))}. "
+            f"Name the right one, data.columns.{part}={near or 'NAME'}{without} "
+            f"(generate: without 'data.'; Python: columns={{'{part}': …}})."
         )
 
 

@@ -2,10 +2,11 @@ r"""Instructions by name: the texts in `instructions/`, or a user's own text fil
 
     semantic_back, solution_back   Look-Back's two variants (arXiv 2507.03019, layout of its prompts), in full
     grpo                           the baseline without `<back>`; the paper puts it in the system turn
+    qwen_la                        Qwen-LA's blocks (arXiv 2505.23558), in full
     boxed                          only where the answer goes
-    brief_back, brief_think        one line each, for the tiny policy
+    brief_back, brief_think, brief_qwen_la   one line each, for the tiny policy
 
-The layouts are the paper's, the wording is ours.
+The layouts are the papers', the wording is ours.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ class Columns:
     """
 
     question: str = "question"
-    answer: str = "answer"
+    answer: str | None = "answer"
+    """None: the rows have no gold answers, as where a model is only asked; each is then empty."""
     images: str | Sequence[str] | None = "images"
     """One column with an image or a list of them; several columns, read in this order; None: the
     rows have no images, which must be said so that a misspelt name cannot train a blind model."""
@@ -43,7 +44,8 @@ class Columns:
     """May be absent: an id is then the row's place, `rows.jsonl:17`."""
 
     def __post_init__(self) -> None:
-        names = (self.question, self.answer, self.id, *self.image_names)
+        answer = () if self.answer is None else (self.answer,)
+        names = (self.question, *answer, self.id, *self.image_names)
         if len(set(names)) != len(names):
             raise ValueError(f"Columns names one column twice: {names}. Each part needs its own.")
 
@@ -79,7 +81,7 @@ def read_row(row: Row, position: str, columns: Columns, limits: ImageLimits, roo
     `Sample(id="rows.jsonl:17", question="Area?", answer="12", images=(…,), columns={"level": 3})`.
     """
     question = _question(row, position, columns.question)
-    answer = _answer(row, position, columns.answer)
+    answer = "" if columns.answer is None else _answer(row, position, columns.answer)
     name = _id(row, position, columns.id)
     values = [value for column in columns.image_names for value in _listed(row.get(column))]
     _check_markers(question, len(values), position, name, columns)

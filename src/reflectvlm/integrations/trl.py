@@ -20,6 +20,7 @@ from reflectvlm.types import Prompt, Rollout, Sample, Text
 TrlFunction = Callable[..., Any]
 """Returns a sequence of floats and Nones, or is async and returns an awaitable one."""
 Decode = Callable[[Sequence[int]], str]
+Offsets = Callable[[Sequence[int]], Sequence[int]]
 
 
 def as_trl_reward(
@@ -28,6 +29,7 @@ def as_trl_reward(
     *,
     answer_columns: Sequence[str] = ("answer", "solution"),
     decode: Decode | None = None,
+    offsets: Offsets | None = None,
     end_ids: Collection[int] | None = None,
 ) -> TrlReward:
     """Our reward as an entry of `reward_funcs` of a stock `trl.GRPOTrainer`.
@@ -37,8 +39,14 @@ def as_trl_reward(
     the reward needs no answer.
     `decode`: ids -> text *with* special tags. TRL's own text leaves special tokens out, so a reward that
     looks for tags which are special tokens (`<REFLECTION>`) needs it; plain-text tags do not.
-    `end_ids`: ids that end an answer; a completion with another last id counts as cut ("length").
-    Without them `Rollout.stop` is always "eos", since TRL does not say why a completion ended.
+    `offsets`: ids -> the character of `decode(ids)` at which each token begins, for rewards that count
+    the tokens of a part, such as `ReflectionBalance`; both are methods of a `Policy`.
+    `end_ids`: ids that end an answer; a completion with another last id counts as cut ("length"), and
+    the one that ends an answer is no part of its text. Without them `Rollout.stop` is always "eos",
+    since TRL does not say why a completion ended.
+
+    Example: `as_trl_reward(ReflectionBalance(), answer_columns=(), decode=policy.decode,
+    offsets=policy.offsets, end_ids=policy.end_ids)`
 
     Adjacent rows with the same `id` column, or without one with equal prompt, answer and images, are one
     group. Where TRL spreads a group over processes, each process sees its part of it.
@@ -50,6 +58,7 @@ def as_trl_reward(
         name=name or _name_of(reward),
         answer_columns=tuple(answer_columns),
         decode=decode,
+        offsets=offsets,
         end_ids=None if end_ids is None else frozenset(end_ids),
     )
 
@@ -86,6 +95,14 @@ class TrlReward:
     answer_columns: tuple[str, ...]
     decode: Decode | None
     end_ids: frozenset[int] | None
+    offsets: Offsets | None = None
+
+    def __post_init__(self) -> None:
+        if self.offsets is not None and self.decode is None:
+            raise ValueError(
+                f"Reward {self.name!r} has offsets= without decode=. Offsets are places in the text that "
+                "decode gives; pass both, e.g. decode=policy.decode, offsets=policy.offsets."
+            )
 
     @property
     def __name__(self) -> str:
@@ -137,12 +154,14 @@ class TrlReward:
             )
 
     def _rollout(self, prompt: Prompt, completion: Any, ids: tuple[int, ...]) -> Rollout:
-        cut = self.end_ids is not None and (not ids or ids[-1] not in self.end_ids)
+        ended = bool(ids) and ids[-1] in (self.end_ids or ())
+        written = ids[:-1] if ended else ids
         return Rollout(
             prompt=prompt,
             spans=(Text(ids=ids, trained=True),) if ids else (),
-            text=self.decode(ids) if self.decode is not None else _text_of(completion, role="assistant"),
-            stop="length" if cut else "eos",
+            text=self.decode(written) if self.decode is not None else _text_of(completion, role="assistant"),
+            stop="eos" if ended or self.end_ids is None else "length",
+            offsets=() if self.offsets is None else tuple(self.offsets(written)),
         )
 
     def _scores(self, group: Sequence[Rollout]) -> list[float | None]:

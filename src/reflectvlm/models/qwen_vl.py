@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from reflectvlm import ops
 from reflectvlm.batch import Batch, TokenScores
+from reflectvlm.models.attention import AttentionWatch, watching
 from reflectvlm.models.chat import chat_spans
-from reflectvlm.models.freezing import Part, freeze
+from reflectvlm.models.freezing import Embeddings, Part, check_embeddings, freeze, train_only_rows
 from reflectvlm.models.loading import (
     Attention,
     Dtype,
@@ -29,6 +30,8 @@ from reflectvlm.models.loading import (
     load_model,
     load_tokenizer,
 )
+from reflectvlm.models.new_tags import add_tags
+from reflectvlm.models.offsets import token_offsets
 from reflectvlm.models.prefix import pack, worth_packing
 from reflectvlm.spans import VisionIds, collate, count_tokens
 from reflectvlm.types import Grid, Instruction, Patches, Prompt, Sample, Spans, Text
@@ -45,6 +48,8 @@ def load_policy(
     compute: Dtype | None = None,
     attention: Attention = "auto",
     freeze_parts: Sequence[Part] = (),
+    new_tags: Sequence[str] = (),
+    embeddings: Embeddings = "all",
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     gradient_checkpointing: bool = False,
@@ -56,16 +61,23 @@ def load_policy(
     `dtype` is that of the weights: with AdamW at a rate like 1e-6 it must be float32, because a
     bfloat16 weight is too coarse to take so small a step. `compute` is the dtype of the matrix
     products (autocast); None is `dtype`. `freeze_parts` of vision, projector, language stay as they
-    are. Pixel limits are those of the image after resizing; None keeps the model's own. `chunk` is
-    how many tokens' logits exist at once.
+    are. `new_tags` become special tokens in spare embedding rows (`new_tags.py`); those the folder has
+    already stay what they are. `embeddings="new_tags"` trains of embedding and head only the rows of
+    `new_tags`, also where language is frozen. Pixel limits are those of the image after resizing; None
+    keeps the model's own. `chunk` is how many tokens' logits exist at once.
     """
+    check_embeddings(embeddings, new_tags)
     model = load_model(path, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(path)
+    tags = add_tags(model, tokenizer, new_tags)
     freeze(model, freeze_parts)
+    if embeddings == "new_tags":
+        train_only_rows(model, tags)
     if gradient_checkpointing:
         enable_checkpointing(model)
     return QwenVL(
         model=model,
-        tokenizer=load_tokenizer(path),
+        tokenizer=tokenizer,
         image_processor=load_image_processor(path, min_pixels, max_pixels),
         source=path,
         compute=compute,
@@ -184,16 +196,19 @@ class QwenVL:
         positions: Int[Tensor, "3 B T"],
         mask: Tensor | None,
         cache: Any = None,
+        watch: AttentionWatch | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Last hidden states. `mask` is [B, T] over columns, or [B, 1, T, S] over cached keys; None
-        is plain causal attention."""
-        with self._autocast():
-            out = self.model.model.language_model(
+        is plain causal attention. `watch` learns what its queries attend to."""
+        language_model = self.model.model.language_model
+        with self._autocast(), watching(language_model, watch) as watched:
+            out = language_model(
                 inputs_embeds=embedded,
                 position_ids=positions,
                 attention_mask=self._attention_mask(mask),
                 past_key_values=cache,
                 use_cache=cache is not None,
+                **watched,
             )
         return out.last_hidden_state
 
@@ -258,6 +273,10 @@ class QwenVL:
         return str(
             self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         )
+
+    def offsets(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Character of `decode(ids)` at which each token begins."""
+        return token_offsets(self.tokenizer.convert_ids_to_tokens(list(ids)))
 
     def save(self, folder: Any) -> None:
         """A folder that stock `from_pretrained` loads: weights, tokenizer, image processor."""

@@ -2,7 +2,7 @@
 
 Merges are learned in rank order, so the first K of them are themselves a valid byte-level BPE with
 Qwen's splitting rules, special tokens and exact round trips. A small K keeps the embedding of the
-tiny policy small; a text takes about a third more tokens at K = 2,048 than with all 151,387.
+tiny policy small; a text takes more tokens at K = 2,048 than with all 151,387.
 
 The ranks ship with `dashscope` (Apache-2.0, `dashscope/resources/qwen.tiktoken`); see NOTICE. The
 result ships in `models/tiny_base/`, so nobody needs that package to train.
@@ -14,6 +14,8 @@ import base64
 import itertools
 from pathlib import Path
 from typing import Any
+
+from reflectvlm.models.offsets import byte_of_letter
 
 # The added tokens of Qwen2.5, in the order of their ids. `<think>` and `<back>` are not among them:
 # they are plain text there, and here.
@@ -59,7 +61,7 @@ def qwen_tokenizer(ranks_file: Path, merges: int = 2048) -> Any:
     from transformers import Qwen2Tokenizer
 
     ranks = _read_ranks(ranks_file, 256 + merges)
-    spell = _byte_letters()
+    spell = {byte: letter for letter, byte in byte_of_letter().items()}
     vocabulary = {"".join(spell[b] for b in token): rank for token, rank in ranks.items()}
     pairs: Any = [
         tuple("".join(spell[b] for b in part) for part in _halves(token, ranks))
@@ -88,11 +90,3 @@ def _halves(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, ...]:
         i = min(range(len(older)), key=older.__getitem__)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return tuple(parts)
-
-
-def _byte_letters() -> dict[int, str]:
-    """Byte-level BPE spells each byte as one printable letter: printable Latin-1 bytes as
-    themselves, the other 68 as the letters from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(rest)}

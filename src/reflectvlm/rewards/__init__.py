@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from reflectvlm.rewards.layout import TagFormat
     from reflectvlm.rewards.length import LengthPenalty, SoftOverlong
     from reflectvlm.rewards.lift import per_rollout
+    from reflectvlm.rewards.reflection import ReflectionBalance, brpo_rubric
     from reflectvlm.rewards.rubric import RewardFailure, Rubric
 
 _HOME = {
@@ -23,12 +24,14 @@ _HOME = {
     "BackReward": "back",
     "Custom": "custom",
     "LengthPenalty": "length",
+    "ReflectionBalance": "reflection",
     "RewardError": "isolation",
     "RewardFailure": "rubric",
     "Rubric": "rubric",
     "SoftOverlong": "length",
     "TagFormat": "layout",
     "Worker": "isolation",
+    "brpo_rubric": "reflection",
     "look_back_rubric": "back",
     "per_rollout": "lift",
 }
@@ -38,12 +41,14 @@ __all__ = [
     "BackReward",
     "Custom",
     "LengthPenalty",
+    "ReflectionBalance",
     "RewardError",
     "RewardFailure",
     "Rubric",
     "SoftOverlong",
     "TagFormat",
     "Worker",
+    "brpo_rubric",
     "look_back_rubric",
     "per_rollout",
 ]

@@ -14,7 +14,7 @@ from typing import ClassVar
 from reflectvlm.protocols import Reward
 from reflectvlm.rewards.accuracy import Accuracy
 from reflectvlm.rewards.layout import TagFormat
-from reflectvlm.rewards.rubric import Rubric
+from reflectvlm.rewards.rubric import OnError, Rubric
 from reflectvlm.tags import Layout
 from reflectvlm.types import Rollout
 
@@ -47,10 +47,13 @@ def look_back_rubric(
     *,
     extra: Mapping[str, Reward] | None = None,
     extra_weights: Mapping[str, float] | None = None,
+    on_error: OnError = "drop",
+    max_failures: int | None = None,
 ) -> Rubric:
     """R as a rubric with the parts `accuracy` (weight 1 - w) and `format` (weight w).
 
     `extra` are further rewards by name, added with `extra_weights`; the two weights of R stay as they are.
+    `on_error` and `max_failures` are those of `Rubric`.
     """
     _check_weight("look_back_rubric", w)
     rewards: dict[str, Reward] = {"accuracy": accuracy or Accuracy(), "format": TagFormat(layout=layout)}
@@ -60,7 +63,12 @@ def look_back_rubric(
             f"look_back_rubric has an extra reward called {taken[0]!r}, which is a part of its own. "
             "Choose another name; `accuracy` and `w` change the parts it has."
         )
-    return Rubric(rewards={**rewards, **(extra or {})}, weights={**weights, **(extra_weights or {})})
+    return Rubric(
+        rewards={**rewards, **(extra or {})},
+        weights={**weights, **(extra_weights or {})},
+        on_error=on_error,
+        max_failures=max_failures,
+    )
 
 
 def _check_weight(owner: str, w: float) -> None:

@@ -15,10 +15,11 @@ None where the function does not apply to a rollout. A function gets what its si
 | `spans` | the answer's spans as dictionaries |
 | `images` | list of the sample's images |
 | any column | its value in the sample |
-| `group`, `rollouts` | the `Rollout` objects; only for a function passed as an object |
+| `group`, `rollouts` | the `Rollout` objects |
 
 Of two equal names the one above wins, except for `answer` and `question`.
-`**kwargs` receives all of these but images, group and rollouts, which must be named.
+`**kwargs` receives all of these but images, group and rollouts, which must be named. So rewards of this
+library's own form, `reward(group)` and what `per_rollout` makes, are found by name and file too.
 Left out: TRL's `trainer_state`, `log_extra` and `log_metric`, which belong to its trainer.
 """
 
@@ -64,6 +65,7 @@ class Custom:
                     f"Custom.function is {self.function!r} and timeout is None. A function given by name "
                     "runs in its own process and needs a time-out; pass the function itself to call it here."
                 )
+            _check_found(self.function)
         elif not callable(self.function):
             raise ValueError(  # noqa: TRY004 - what a user wrote
                 f"Custom.function is {self.function!r}. "
@@ -86,7 +88,7 @@ class Custom:
         parameters = worker.parameters(self.function)
         if isinstance(parameters, RewardError):
             raise parameters
-        arguments = self._arguments(parameters, _columns(rollouts, self.conversational))
+        arguments = self._arguments(parameters, self._offered(rollouts))
         value = worker.call(self.function, arguments, self.timeout)
         if isinstance(value, RewardError):
             raise value
@@ -97,23 +99,21 @@ class Custom:
         assert callable(function)
         described = describe(function)
         parameters = Parameters(tuple(described["required"]), tuple(described["optional"]), described["any"])
-        everything = _columns(rollouts, self.conversational) | {"group": rollouts, "rollouts": rollouts}
-        arguments = self._arguments(parameters, everything)
+        arguments = self._arguments(parameters, self._offered(rollouts))
         if self.timeout is None:
             return call(function, arguments)
         return _in_thread(function, arguments, self.timeout)
 
+    def _offered(self, rollouts: tuple[Rollout, ...]) -> dict[str, Any]:
+        return _columns(rollouts, self.conversational) | {"group": rollouts, "rollouts": rollouts}
+
     def _arguments(self, parameters: Parameters, offered: Mapping[str, Any]) -> dict[str, Any]:
         missing = [name for name in parameters.required if name not in offered]
         if missing:
-            here_only = (
-                " 'group' and 'rollouts' need a function passed as an object."
-                if "group" not in offered
-                else ""
-            )
+            single = " A function of one rollout needs @per_rollout." if "rollout" in missing else ""
             raise ValueError(
                 f"Reward function {self.label} asks for {', '.join(map(repr, missing))}, which it cannot "
-                f"have. Offered: {', '.join(sorted(offered))}.{here_only} "
+                f"have. Offered: {', '.join(sorted(offered))}.{single} "
                 "Add the column to the data or give a default."
             )
         named = {*parameters.required, *parameters.optional}
@@ -193,6 +193,18 @@ def _checked_target(target: str) -> str:
         if len(parts) > 1 and all(part.isidentifier() for part in parts):
             return target
     raise ValueError(f"Custom.function is {target!r}. Write 'my_pkg.mod.fn' or 'path/to/file.py:fn'.")
+
+
+def _check_found(target: str) -> None:
+    """A misspelt name fails on every rollout of a run: it is told before the first."""
+    worker = shared_worker(target)
+    loaded = worker.parameters(target)
+    if isinstance(loaded, RewardError):
+        worker.close()
+        raise ValueError(  # noqa: TRY004 - what a user wrote
+            f"Custom.function is {target!r}, which cannot be loaded: {loaded}. "
+            "Correct the name, or what its file does when it is imported."
+        )
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -17,13 +17,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from reflectvlm.protocols import Reward
 from reflectvlm.rewards.isolation import RewardError
 from reflectvlm.types import Rollout, ScoredGroup
 
 _log = logging.getLogger("reflectvlm")
+OnError: TypeAlias = Literal["drop", "zero", "raise"]
 _POLICIES = ("drop", "zero", "raise")
 
 
@@ -44,7 +45,7 @@ class Rubric:
 
     rewards: Mapping[str, Reward]
     weights: Mapping[str, float]
-    on_error: Literal["drop", "zero", "raise"] = "drop"
+    on_error: OnError = "drop"
     """What a failure (an exception, NaN, infinity, a text, a wrong number of values) does to its
     rollouts. drop: they are unscored. zero: the reward counts as 0. raise: `RewardFailure`."""
     max_failures: int | None = None

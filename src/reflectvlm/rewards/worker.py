@@ -1,7 +1,8 @@
 """The program inside an isolated worker process: reads a request, calls a function, replies.
 
 Started by `isolation.Worker` as a script of its own, so it may import nothing but the standard
-library: no torch, no package of ours, and not the parent's main script.
+library: no torch, no package of ours, and not the parent's main script. Only a function that asks for
+the `Rollout` objects themselves makes it import our types, and torch with them.
 
 A message is 8 bytes of length and a body. A request is two messages, a JSON head and the pickled
 keyword arguments. The reply is two JSON messages: the function is loaded; its result. Replies
@@ -11,6 +12,7 @@ are JSON, so nothing that a user's function returns is ever unpickled in the tra
 from __future__ import annotations
 
 import asyncio
+import difflib
 import faulthandler
 import importlib
 import importlib.util
@@ -37,10 +39,26 @@ def load(target: str) -> Callable[..., Any]:
         place, _, name = target.rpartition(".")
     found: Any = _module_from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     for part in name.split("."):
-        found = getattr(found, part)
+        found = _part(found, part, place)
     if not callable(found):
         raise TypeError(f"{target} is a {type(found).__name__}, not a function")
     return found
+
+
+def _part(owner: Any, name: str, place: str) -> Any:
+    """`owner.name`; where there is none, an error that says what there is instead."""
+    if hasattr(owner, name):
+        return getattr(owner, name)
+    own = [
+        key
+        for key, value in getattr(owner, "__dict__", {}).items()
+        if callable(value) and not key.startswith("_")
+    ]
+    near = difflib.get_close_matches(name, own, n=1)
+    hint = (
+        f"the nearest is {near[0]!r}" if near else f"it has {', '.join(sorted(own)[:10]) or 'no functions'}"
+    )
+    raise AttributeError(f"{place} has no {name!r}; {hint}")
 
 
 def describe(function: Callable[..., Any]) -> dict[str, Any]:
@@ -60,8 +78,15 @@ def describe(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    """Calls a plain or an async function and waits for its value."""
-    value = function(**arguments)
+    """Calls a plain or an async function and waits for its value. Our own rewards are `reward(group, /)`,
+    so what can only be given by place is."""
+    first = [
+        name
+        for name, one in inspect.signature(function).parameters.items()
+        if one.kind is one.POSITIONAL_ONLY
+    ]
+    named = {name: value for name, value in arguments.items() if name not in first}
+    value = function(*(arguments[name] for name in first if name in arguments), **named)
     if inspect.isawaitable(value):
 
         async def wait() -> Any:
@@ -135,6 +160,9 @@ def _answer(
         if target not in loaded:
             loaded[target] = load(target)
         described = describe(loaded[target])
+        if {"group", "rollouts"} & {*described["required"], *described["optional"]}:
+            # It gets `Rollout` objects. What unpickling them takes is loaded here, not in the call's time.
+            importlib.import_module("reflectvlm.types")
     except BaseException as error:  # noqa: BLE001
         send(_failure(error))
         return

@@ -1,9 +1,9 @@
 """The in-process rollout engine: prompts -> groups of rollouts, on the policy's own weights.
 
-One step of `_Decoding.run`, for all live rows at once:
+One step of `_Decoding._step`, for all live rows at once:
 
-    draw a token -> rows that end leave -> rows whose trigger fired take in their block ->
-    everybody takes in its token
+    draw a token -> rows that end leave -> everybody takes in its token ->
+    rows whose trigger fired take in their block and, around it, their tag
 
 A prompt is prefilled once and its cache copied to its group; vision features are computed once per
 image. Rows leave when they end and waiting prompts take their place. Nothing is padded: every row
@@ -15,21 +15,32 @@ Left out here: CUDA graphs and partial rollouts.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from reflectvlm.models.attention import AttentionWatch
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.protocols import Reattention
 from reflectvlm.rollout.cache import SlotCache
-from reflectvlm.rollout.rows import Insertion, Rows
+from reflectvlm.rollout.looking import image_look
+from reflectvlm.rollout.placing import (
+    AnswerState,
+    Placed,
+    answer_spans,
+    end,
+    special_id,
+    tag_length,
+    text_ids,
+)
+from reflectvlm.rollout.rows import Rows
 from reflectvlm.rollout.sampling import draw, uniforms
 from reflectvlm.rollout.watch import TextWatch
-from reflectvlm.spans import flatten
-from reflectvlm.types import Prompt, Rollout, SamplingParams, Span, Spans, StopReason, Text, Visual
+from reflectvlm.spans import count_tokens, flatten
+from reflectvlm.types import Prompt, Rollout, SamplingParams, Spans, StopReason, Text, Visual
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,30 +70,60 @@ class InProcessEngine:
     ) -> list[tuple[Rollout, ...]]:
         if n < 1:
             raise ValueError(f"generate was asked for n={n} rollouts per prompt. Ask for at least 1.")
-        self.policy.module.eval()
-        with torch.no_grad():
-            decoding = _Decoding(
-                policy=self.policy,
-                prompts=prompts,
-                n=n,
-                sampling=sampling,
-                reattention=reattention,
-                seed=seed,
-                stop_watch=self._watch(tuple(sampling.stop)),
-                trigger_watch=self._trigger_watch(reattention.trigger),
-                trigger_id=self._single_id(reattention.trigger),
-            )
-            done = decoding.run(max(self.max_rows, n))
+        decoding = self._decoding(prompts, n, sampling, reattention, seed)
+        for _ in decoding.steps(max(self.max_rows, n)):
+            pass
+        done = decoding.done
         return [tuple(done[p * n + m] for m in range(n)) for p in range(len(prompts))]
 
-    def _single_id(self, trigger: str | None) -> int:
-        """The id of a trigger that is one special token, else -1."""
-        tokenizer = self.policy.tokenizer
-        added = tokenizer.get_added_vocab()
-        return int(added[trigger]) if trigger in added else -1
+    def stream(
+        self, prompt: Prompt, sampling: SamplingParams, reattention: Reattention, *, seed: int = 0
+    ) -> Iterator[str | Visual | Rollout]:
+        """One rollout as it comes: pieces of its text and inserted blocks, and at the end the rollout.
+
+        A block in front of a tag is told right after the tag, because only the tag asked for it.
+        """
+        decoding = self._decoding([prompt], 1, sampling, reattention, seed)
+        shown, blocks = "", 0
+        for rows in decoding.steps(1):
+            if rows is None:
+                break
+            spans = decoding.spans(rows, 0)
+            text = self.policy.decode(text_ids(spans))
+            if not text.endswith("\ufffd"):  # else a character of several tokens is not complete yet
+                yield text[len(shown) :]
+                shown = text
+            inserted = [span for span in spans if isinstance(span, Visual)]
+            yield from inserted[blocks:]
+            blocks = len(inserted)
+        rollout = decoding.done[0]
+        yield rollout.text[len(shown) :]
+        yield rollout
+
+    def _decoding(
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        sampling: SamplingParams,
+        reattention: Reattention,
+        seed: int,
+    ) -> _Decoding:
+        self.policy.module.eval()
+        return _Decoding(
+            policy=self.policy,
+            prompts=prompts,
+            n=n,
+            sampling=sampling,
+            reattention=reattention,
+            seed=seed,
+            stop_watch=self._watch(tuple(sampling.stop)),
+            trigger_watch=self._trigger_watch(reattention.trigger),
+            trigger_id=special_id(self.policy, reattention.trigger),
+        )
 
     def _trigger_watch(self, trigger: str | None) -> TextWatch:
-        return self._watch(() if trigger is None or self._single_id(trigger) >= 0 else (trigger,))
+        plain = trigger is not None and special_id(self.policy, trigger) is None
+        return self._watch((str(trigger),) if plain else ())
 
     def _watch(self, texts: tuple[str, ...]) -> TextWatch:
         if texts not in self._watches:
@@ -90,19 +131,6 @@ class InProcessEngine:
             vocabulary = policy.model.lm_head.weight.shape[0] if texts else 1
             self._watches[texts] = TextWatch.create(texts, policy.decode, vocabulary, policy.device)
         return self._watches[texts]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowState:
-    """Satisfies `protocols.DecodeState`."""
-
-    prompt: Prompt
-    sampled: Sequence[int]
-    inserted: Spans
-    policy: QwenVL
-
-    def text(self) -> str:
-        return self.policy.decode(self.sampled)
 
 
 class _Decoding:
@@ -119,7 +147,7 @@ class _Decoding:
         seed: int,
         stop_watch: TextWatch,
         trigger_watch: TextWatch,
-        trigger_id: int,
+        trigger_id: int | None,
     ) -> None:
         self.policy, self.prompts, self.n, self.seed = policy, prompts, n, seed
         self.sampling, self.reattention = sampling, reattention
@@ -131,28 +159,46 @@ class _Decoding:
         self.waiting = deque(range(len(prompts)))
         self.features: dict[int, tuple[Tensor, ...]] = {}
         self.unfinished = [n] * len(prompts)
-        self.insertions: dict[int, list[Insertion]] = {}
+        self.placed: dict[int, list[Placed]] = {}
         self.done: dict[int, Rollout] = {}
+        # ROUTE asks what the answer has attended to in its prompt.
+        self.watched = 0
+        if reattention.probe is not None and prompts:
+            self.watched = max(count_tokens(prompt.spans, prompt.grids) for prompt in prompts)
+        # Only a tag of several tokens is ever taken back; it has at most one token per byte.
+        plain = self.watched and trigger_id is None
+        self.remembered = len(str(reattention.trigger).encode()) if plain else 0
 
-    def run(self, max_rows: int) -> dict[int, Rollout]:
+    def steps(self, max_rows: int) -> Iterator[Rows | None]:
+        """One token of every live row at a time; yields the rows that are left, None if none is."""
         rows: Rows | None = None
         while self.waiting or rows is not None:
-            if self.waiting and (rows is None or len(rows) + self.n <= max_rows):
-                rows = self._admit(rows, max_rows)
-            assert rows is not None
-            ids, logprobs = draw(
-                self.policy.logits(rows.hidden),
-                rows.uniform.gather(1, rows.count[:, None])[:, 0],
-                self.sampling,
-            )
-            rows.record(ids, logprobs)
-            ended = self._ended(rows, ids)
-            if bool(ended.any()):
-                rows, ids = self._leave(rows, ids, ended)
-                if rows is None:
-                    continue
+            rows = self._step(rows, max_rows)
+            yield rows
+
+    @torch.no_grad()
+    def _step(self, rows: Rows | None, max_rows: int) -> Rows | None:
+        if self.waiting and (rows is None or len(rows) + self.n <= max_rows):
+            rows = self._admit(rows, max_rows)
+        assert rows is not None
+        ids, logprobs = draw(
+            self.policy.logits(rows.hidden),
+            rows.uniform.gather(1, rows.count[:, None])[:, 0],
+            self.sampling,
+        )
+        rows.record(ids, logprobs)
+        ended = self._ended(rows, ids)
+        if bool(ended.any()):
+            rows, ids = self._leave(rows, ids, ended)
+        if rows is not None:
             self._advance(rows, ids)
-        return self.done
+        return rows
+
+    def spans(self, rows: Rows, row: int) -> Spans:
+        """The answer of a live row so far."""
+        job, count = int(rows.job[row]), int(rows.count[row])
+        ids, logprobs = rows.ids[row, :count].tolist(), rows.logprobs[row, :count].tolist()
+        return answer_spans(ids, logprobs, self.placed.get(job, []))
 
     # -- rows come and go ---------------------------------------------------------------------
 
@@ -173,6 +219,8 @@ class _Decoding:
             uniform=torch.stack(random).to(self.device),
             ids=jobs.new_zeros(len(jobs), budget),
             logprobs=hidden.new_zeros(len(jobs), budget, dtype=torch.float32),
+            attended=hidden.new_zeros(len(jobs), self.watched, dtype=torch.float32),
+            recent=hidden.new_zeros(len(jobs), self.remembered, self.watched, dtype=torch.float32),
         )
         return new if rows is None else rows + new
 
@@ -186,7 +234,7 @@ class _Decoding:
             self.features.update(zip(chosen, shown, strict=True))
         slots = self.cache.add_rows(len(prompts) * self.n)
         first = slots[:: self.n]
-        hidden, position = self._take_in(
+        hidden, position, _ = self._take_in(
             first,
             [(prompt.spans, features) for prompt, features in zip(prompts, shown, strict=True)],
             list(prompts),
@@ -222,28 +270,38 @@ class _Decoding:
     def _finish(self, rows: Rows, row: int) -> None:
         job, count = int(rows.job[row]), int(rows.count[row])
         ids = rows.ids[row, :count].tolist()
-        spans = answer_spans(ids, rows.logprobs[row, :count].tolist(), self.insertions.get(job, []))
+        spans = self.spans(rows, row)
         ended = ids[-1] in self.policy.end_ids
         # A stop string is looked at once more only if nothing else explains the end.
         stop: StopReason = "eos" if ended else "stop"
         if not ended and count >= self.sampling.max_tokens and ids[-1] not in self.sampling.stop_ids:
             stop = "length"
-        text = self.policy.decode(ids[:-1] if ended else ids)
+        written = text_ids(spans)
+        text = self.policy.decode(written[:-1] if ended else written)
         if stop == "length" and any(end in text for end in self.sampling.stop):
             stop = "stop"
         prompt = job // self.n
         self.unfinished[prompt] -= 1
         if not self.unfinished[prompt]:
             self.features.pop(prompt, None)
-        self.done[job] = Rollout(prompt=self.prompts[prompt], spans=spans, text=text, stop=stop)
+        self.done[job] = Rollout(
+            prompt=self.prompts[prompt],
+            spans=spans,
+            text=text,
+            stop=stop,
+            offsets=self.policy.offsets(written),
+        )
 
     # -- tokens and blocks go in --------------------------------------------------------------
 
     def _advance(self, rows: Rows, ids: Int[Tensor, " R"]) -> None:
-        """Every row takes in its token; where the trigger fired, its block as well."""
-        inserts = self._blocks(rows, ids)
+        """Every row takes in its token; where the trigger fired, what is inserted as well."""
+        inserts = self._inserts(rows, ids)
         one = torch.ones(len(rows), dtype=torch.long, device=self.device)
-        mask = self.cache.extend(None, one)
+        # Rows that insert write their token where their chunk overwrites it: this one is a draft.
+        one[list(inserts)] = 0
+        watch = self._attention_watch(one[:, None] > 0)
+        mask = self.cache.extend(None, torch.ones_like(one))
         text = torch.full_like(ids, -1)
         rows.hidden = self._forward(
             ids[:, None],
@@ -251,47 +309,82 @@ class _Decoding:
             text[:, None],
             self._no_features(),
             mask,
+            watch,
         )[:, 0]
-        # Rows with a block wrote their token where the block's chunk now overwrites it.
-        one[list(inserts)] = 0
         self.cache.commit(None, one)
         rows.position = rows.position + one
+        if watch is not None:
+            rows.attended += watch.total
+            rows.recent = torch.cat([rows.recent, watch.total[:, None]], 1)[:, 1:]
         if inserts:
             self._insert(rows, inserts)
 
-    def _blocks(self, rows: Rows, ids: Int[Tensor, " R"]) -> dict[int, Spans]:
-        """Row -> [block, trigger] or [trigger, block], for the rows whose trigger just fired."""
+    def _inserts(self, rows: Rows, ids: Int[Tensor, " R"]) -> dict[int, Placed]:
+        """What goes into the rows whose trigger has just fired."""
         if self.reattention.trigger is None:
             return {}
-        special = self.trigger_id >= 0
-        fired = ids == self.trigger_id if special else self.trigger_watch.completed(rows.ids, rows.count, ids)
-        found: dict[int, Spans] = {}
+        special = self.trigger_id is not None
+        fired = (
+            torch.eq(ids, self.trigger_id)
+            if self.trigger_id is not None
+            else self.trigger_watch.completed(rows.ids, rows.count, ids)
+        )
+        found: dict[int, Placed] = {}
         for row in fired.nonzero().flatten().tolist():
             job, count = int(rows.job[row]), int(rows.count[row])
-            made = self.insertions.setdefault(job, [])
-            state = RowState(
-                prompt=self.prompts[job // self.n],
-                sampled=rows.ids[row, :count].tolist(),
-                inserted=tuple(span for insertion in made for span in insertion.spans),
+            made = self.placed.setdefault(job, [])
+            sampled = rows.ids[row, :count].tolist()
+            prompt = self.prompts[job // self.n]
+            # The trigger's last token has been sampled and not been taken in: it has attended to nothing.
+            attended = rows.attended[row] / max(count - 1, 1)
+            state = AnswerState(
+                prompt=prompt,
+                sampled=sampled,
+                insertions=tuple(one.insertion for one in made),
+                special=special,
+                placed=tuple(made),
                 policy=self.policy,
+                look=image_look(self.policy, prompt, attended) if self.watched else None,
             )
-            spans = placed(self.reattention(state), before=special)
-            if not spans:
+            length = 1 if special else tag_length(self.policy, sampled, str(self.reattention.trigger))
+            if count - length < end(made):  # it shares a token with a tag that has a block already
                 continue
-            made.append(Insertion(offset=count - special, spans=spans))
-            trigger = Text(ids=(int(ids[row]),))
-            found[row] = (*spans, trigger) if special else (trigger, *spans)
+            if not (insertion := self.reattention(state)):
+                continue
+            made.append(Placed(start=count - length, stop=count, insertion=insertion))
+            found[row] = made[-1]
         return found
 
-    def _insert(self, rows: Rows, inserts: dict[int, Spans]) -> None:
+    def _insert(self, rows: Rows, inserts: dict[int, Placed]) -> None:
+        """Takes in each row's tag with what goes around it. Of a tag of several tokens with a block in
+        front, all but the last are in the cache already and are taken back first."""
         where = torch.tensor(list(inserts), device=self.device)
-        prompts = [int(rows.job[row]) // self.n for row in inserts]
-        rows.hidden[where], rows.position[where] = self._take_in(
+        chunks: list[tuple[Spans, tuple[Tensor, ...]]] = []
+        back: list[int] = []
+        asking: list[range] = []
+        for row, one in inserts.items():
+            before, after = one.insertion.before, one.insertion.after
+            start = one.start if before else one.stop - 1
+            tag = Text(ids=tuple(rows.ids[row, start : one.stop].tolist()))
+            prompt = int(rows.job[row]) // self.n
+            chunks.append(((*before, tag, *after), self.features[prompt]))
+            back.append(one.stop - 1 - start)
+            first = count_tokens(before, self.prompts[prompt].grids)
+            asking.append(range(first, first + len(tag.ids)))
+            if self.watched and back[-1]:
+                # The newest summand is this step's draft, which counted as nothing.
+                rows.attended[row] -= rows.recent[row, -1 - back[-1] : -1].sum(0)
+        rewound = torch.tensor(back, device=self.device)
+        self.cache.commit(where, -rewound)
+        rows.hidden[where], rows.position[where], attended = self._take_in(
             where,
-            [(spans, self.features[p]) for spans, p in zip(inserts.values(), prompts, strict=True)],
-            [self.prompts[p] for p in prompts],
-            rows.position[where],
+            chunks,
+            [self.prompts[int(rows.job[row]) // self.n] for row in inserts],
+            rows.position[where] - rewound,
+            asking,
         )
+        if attended is not None:
+            rows.attended[where] += attended
 
     def _take_in(
         self,
@@ -299,9 +392,10 @@ class _Decoding:
         chunks: Sequence[tuple[Spans, tuple[Tensor, ...]]],
         prompts: Sequence[Prompt],
         start: Int[Tensor, " R"],
-    ) -> tuple[Float[Tensor, "R D"], Int[Tensor, " R"]]:
-        """Runs one chunk of spans per row behind what the row holds; returns each chunk's last
-        hidden state and the position that follows it."""
+        asking: Sequence[range] = (),
+    ) -> tuple[Float[Tensor, "R D"], Int[Tensor, " R"], Float[Tensor, "R W"] | None]:
+        """Runs one chunk of spans per row behind what the row holds; returns each chunk's last hidden
+        state, the position that follows it, and what its tokens `asking[r]` attended to."""
         flat = [
             flatten(spans, prompt.grids, self.policy.vision, start=int(at))
             for (spans, _), prompt, at in zip(chunks, prompts, start.tolist(), strict=True)
@@ -323,38 +417,34 @@ class _Decoding:
             total = int(offsets[-1])
         mask = self.cache.extend(where, counts)
         stacked = torch.cat(features) if features else self._no_features()
-        hidden = self._forward(ids, positions, visual, stacked, mask)
+        queries = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        for r, tokens in enumerate(asking):
+            queries[r, tokens.start : tokens.stop] = True
+        watch = self._attention_watch(queries) if asking else None
+        hidden = self._forward(ids, positions, visual, stacked, mask, watch)
         self.cache.commit(where, counts)
         last = hidden[torch.arange(len(flat), device=self.device), counts - 1]
-        return last, torch.tensor([row.next_position for row in flat], device=self.device)
+        following = torch.tensor([row.next_position for row in flat], device=self.device)
+        return last, following, None if watch is None else watch.total
+
+    def _attention_watch(self, queries: Bool[Tensor, "R T"]) -> AttentionWatch | None:
+        probe = self.reattention.probe
+        if probe is None or not self.watched:
+            return None
+        return AttentionWatch(probe=probe, queries=queries, width=self.watched)
 
     def _forward(
-        self, ids: Tensor, positions: Tensor, visual: Tensor, features: Tensor, mask: Tensor
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        visual: Tensor,
+        features: Tensor,
+        mask: Tensor,
+        watch: AttentionWatch | None,
     ) -> Float[Tensor, "R T D"]:
-        return self.policy.hidden(self.policy.embed(ids, visual, features), positions, mask, self.cache)
+        return self.policy.hidden(
+            self.policy.embed(ids, visual, features), positions, mask, self.cache, watch=watch
+        )
 
     def _no_features(self) -> Float[Tensor, "0 D"]:
         return self.policy.features(())
-
-
-def placed(spans: Spans, *, before: bool) -> Spans:
-    """Marks blocks put in front of a token that had already been sampled."""
-    if not before:
-        return spans
-    return tuple(
-        Visual(image=span.image, keep=span.keep, before_sampled=True) if isinstance(span, Visual) else span
-        for span in spans
-    )
-
-
-def answer_spans(ids: list[int], logprobs: list[float], insertions: Sequence[Insertion]) -> Spans:
-    """Sampled tokens with the inserted blocks at their places."""
-    spans: list[Span] = []
-    start = 0
-    for offset, inserted in [*((i.offset, i.spans) for i in insertions), (len(ids), ())]:
-        if offset > start:
-            piece = slice(start, offset)
-            spans.append(Text(ids=tuple(ids[piece]), trained=True, logprobs=tuple(logprobs[piece])))
-        spans += inserted
-        start = offset
-    return tuple(spans)

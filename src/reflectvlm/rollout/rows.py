@@ -9,8 +9,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reflectvlm.types import Spans
-
 
 @dataclass(kw_only=True)
 class Rows:
@@ -27,6 +25,10 @@ class Rows:
     uniform: Float[Tensor, "R M"]
     ids: Int[Tensor, "R M"]
     logprobs: Float[Tensor, "R M"]
+    attended: Float[Tensor, "R W"]
+    """Attention of the sampled tokens to the first W tokens of the row, summed; W is 0 if nobody asks."""
+    recent: Float[Tensor, "R L W"]
+    """The last L summands of it, newest last: those of a tag are taken back if the tag is."""
 
     def __len__(self) -> int:
         return len(self.job)
@@ -44,12 +46,3 @@ class Rows:
         self.ids.scatter_(1, where, ids[:, None])
         self.logprobs.scatter_(1, where, logprobs[:, None])
         self.count += 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Insertion:
-    """A block that went into a row."""
-
-    offset: int
-    """Sampled tokens that stand before it."""
-    spans: Spans

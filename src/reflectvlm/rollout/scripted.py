@@ -14,9 +14,8 @@ import torch
 
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.protocols import Reattention
-from reflectvlm.rollout.engine import RowState, answer_spans, placed
-from reflectvlm.rollout.rows import Insertion
-from reflectvlm.types import Prompt, Rollout, SamplingParams, StopReason
+from reflectvlm.rollout.placing import Placed, answer_spans, place_insertions, text_ids
+from reflectvlm.types import Prompt, Rollout, SamplingParams, Spans, StopReason, Text
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,16 +49,11 @@ class ScriptedEngine:
         del seed
         lines = [self._line(prompt, p, m, n, sampling) for p, prompt in enumerate(prompts) for m in range(n)]
         owners = [prompt for prompt in prompts for _ in range(n)]
-        insertions = [self._insertions(*each, reattention) for each in zip(owners, lines, strict=True)]
-        logprobs = self._logprobs(owners, lines, insertions, sampling.logprob_temperature)
+        placed = place_insertions(self.policy, list(zip(owners, lines, strict=True)), reattention)
+        logprobs = self._logprobs(owners, lines, placed, sampling.logprob_temperature)
         rollouts = [
-            Rollout(
-                prompt=prompt,
-                spans=answer_spans(ids, scores, inserted),
-                text=self._text(ids),
-                stop=self._stop(ids, sampling),
-            )
-            for prompt, ids, scores, inserted in zip(owners, lines, logprobs, insertions, strict=True)
+            self._rollout(prompt, ids, scores, inserted, sampling)
+            for prompt, ids, scores, inserted in zip(owners, lines, logprobs, placed, strict=True)
         ]
         return [tuple(rollouts[p * n : (p + 1) * n]) for p in range(len(prompts))]
 
@@ -86,43 +80,45 @@ class ScriptedEngine:
         stopped = ids[-1] in sampling.stop_ids or any(stop in text for stop in sampling.stop)
         return "stop" if stopped else "length"
 
-    def _insertions(self, prompt: Prompt, ids: list[int], reattention: Reattention) -> list[Insertion]:
-        """What re-attention puts into these ids; its trigger at the very end inserts nothing."""
-        trigger = reattention.trigger
-        if trigger is None:
-            return []
-        special_id = self.policy.tokenizer.get_added_vocab().get(trigger)
-        made: list[Insertion] = []
-        for count in range(1, len(ids)):
-            if special_id is None:
-                now, before = self.policy.decode(ids[:count]), self.policy.decode(ids[: count - 1])
-                fired = now.count(trigger) > before.count(trigger)
-            else:
-                fired = ids[count - 1] == special_id
-            if not fired:
-                continue
-            inserted = tuple(span for insertion in made for span in insertion.spans)
-            state = RowState(prompt=prompt, sampled=ids[:count], inserted=inserted, policy=self.policy)
-            special = special_id is not None
-            if spans := placed(reattention(state), before=special):
-                made.append(Insertion(offset=count - special, spans=spans))
-        return made
+    def _rollout(
+        self,
+        prompt: Prompt,
+        ids: list[int],
+        logprobs: list[float],
+        placed: Sequence[Placed],
+        sampling: SamplingParams,
+    ) -> Rollout:
+        spans = answer_spans(ids, logprobs, placed)
+        written = text_ids(spans)
+        return Rollout(
+            prompt=prompt,
+            spans=spans,
+            text=self._text(written),
+            stop=self._stop(ids, sampling),
+            offsets=self.policy.offsets(written),
+        )
 
     def _logprobs(
         self,
         prompts: Sequence[Prompt],
         lines: Sequence[list[int]],
-        insertions: Sequence[list[Insertion]],
+        placed: Sequence[list[Placed]],
         temperature: float,
     ) -> list[list[float]]:
-        """The policy's own log-probs of each rollout's ids."""
+        """The policy's own log-probs of each rollout's ids; 0 for those that are not trained."""
         if not lines:
             return []
         answers = [
-            answer_spans(ids, [0.0] * len(ids), inserted)
-            for ids, inserted in zip(lines, insertions, strict=True)
+            answer_spans(ids, [0.0] * len(ids), inserted) for ids, inserted in zip(lines, placed, strict=True)
         ]
         batch = self.policy.batch(list(zip(prompts, answers, strict=True)))
         with torch.no_grad():
             scores = self.policy.score(batch, self.policy.features(batch.images), temperature).logprobs
-        return [scores[b][batch.trained[b]].tolist() for b in range(len(lines))]
+        return [self._own(scores[b][batch.trained[b]].tolist(), answers[b]) for b in range(len(lines))]
+
+    @staticmethod
+    def _own(scores: list[float], spans: Spans) -> list[float]:
+        """One log-prob per id of the line: the trained ones' own, in order, and 0 for the others."""
+        left = iter(scores)
+        texts = [span for span in spans if isinstance(span, Text) and span.logprobs]
+        return [next(left) if span.trained else 0.0 for span in texts for _ in span.ids]

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from reflectvlm.train.distill import Distiller
     from reflectvlm.train.evaluate import Evaluation
     from reflectvlm.train.optim import AdamW
     from reflectvlm.train.rl import DynamicSampling, RLTrainer
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AdamW": "reflectvlm.train.optim",
+    "Distiller": "reflectvlm.train.distill",
     "DynamicSampling": "reflectvlm.train.rl",
     "Evaluation": "reflectvlm.train.evaluate",
     "Output": "reflectvlm.train.run",
@@ -24,6 +26,7 @@ _HOME = {
 
 __all__ = [
     "AdamW",
+    "Distiller",
     "DynamicSampling",
     "Evaluation",
     "Output",

@@ -28,6 +28,8 @@ from rich.table import Table
 from rich.text import Text
 
 from reflectvlm.html import pieces, tag_color
+from reflectvlm.train.evaluate import PLAIN_NAMES
+from reflectvlm.train.reflections import for_display
 from reflectvlm.types import ScoredGroup
 
 
@@ -59,10 +61,14 @@ KNOWN: tuple[Known, ...] = (
     Known("loss", "loss", _plain),
     Known("reward", "reward", _plain),
     Known("reward/*", "reward/*", _plain),
+    Known("unscored", "unscored", _percent),
     Known("accuracy", "accuracy", _percent),
     Known("eval/accuracy", "eval accuracy", _percent),
     Known("back_rate", "looks back", _percent),
     Known("layout_rate", "valid layout", _percent),
+    Known("blocks/count", "looks per answer", _count),
+    Known("blocks/tokens_each", "tokens per look", _count),
+    Known("blocks/empty", "empty looks", _percent),
     Known("length/mean", "answer tokens", _count),
     Known("kl", "KL", _plain),
     Known("entropy", "entropy", _plain),
@@ -133,7 +139,11 @@ class Console:
     def metrics(self, step: int, values: Mapping[str, float | int]) -> None:
         if self._first is None:
             self._first = (step, self.clock())
-        shown = {key: float(value) for key, value in values.items() if _known(key) is not None}
+        told = for_display(values)
+        shown = {key: float(value) for key, value in told.items() if _known(key) is not None}
+        if shown.get("unscored") == 0:  # a line tells of it only where there is something to tell
+            del shown["unscored"]
+            self._values.pop("unscored", None)
         self._values.update(shown)
         for key in _TRENDS:
             if key in shown and math.isfinite(shown[key]):
@@ -142,7 +152,7 @@ class Console:
             self._live.update(self._view(step), refresh=True)
         elif shown and self._due(step, shown):
             self._printed = step
-            self._out().print(Text(self._line(step)), soft_wrap=True)
+            self._out().print(Text(self._line(step, shown)), soft_wrap=True)
 
     def rollouts(self, step: int, groups: Sequence[ScoredGroup]) -> None:
         rollout = next((one for group in groups for one in group.rollouts), None)
@@ -161,6 +171,9 @@ class Console:
     ) -> Comparison:
         """Print what changed, and return it as a rich table and as markdown."""
         comparison = compare(title, before, after, self.labels or {})
+        self._out().print(
+            Text(title, style="bold"), soft_wrap=True
+        )  # rich would wrap it to the table's width
         self._out().print(comparison.table)
         return comparison
 
@@ -180,14 +193,15 @@ class Console:
             return True
         return step - self._printed >= self.every or (step >= self.total_steps and step != self._printed)
 
-    def _rows(self) -> Iterator[tuple[str, str, str]]:
-        """Key, label, value of all that is known, in the order of `KNOWN`."""
-        for key in in_order(self._values):
-            yield key, label_of(key, self.labels or {}), format_value(key, self._values[key])
+    def _rows(self, values: Mapping[str, float]) -> Iterator[tuple[str, str, str]]:
+        """Key, label, value, in the order of `KNOWN`."""
+        for key in in_order(values):
+            yield key, label_of(key, self.labels or {}), format_value(key, values[key])
 
-    def _line(self, step: int) -> str:
+    def _line(self, step: int, values: Mapping[str, float]) -> str:
+        """What was measured at this step, and nothing older."""
         parts = [f"{self.stage} {step}/{self.total_steps}"]
-        parts += [f"{label.removeprefix('· ')} {value}" for _, label, value in self._rows()]
+        parts += [f"{label.removeprefix('· ')} {value}" for _, label, value in self._rows(values)]
         if eta := self._eta(step):
             parts.append(f"ETA {eta}")
         return " | ".join(_CONTROL.sub("", part) for part in parts)
@@ -222,7 +236,7 @@ class Console:
 
     def _grid(self) -> Table:
         """Label, value, trend; in two columns side by side where there is room."""
-        rows = list(self._rows())
+        rows = list(self._rows(self._values))
         columns = 2 if self._out().width >= 80 else 1
         trends = self._out().width >= 36
         grid = Table.grid(padding=(0, 1), expand=True)
@@ -245,10 +259,12 @@ class Console:
 def compare(
     title: str, before: Mapping[str, float | int], after: Mapping[str, float | int], labels: Mapping[str, str]
 ) -> Comparison:
-    """Every key of either side: known ones first and in order, with the change where both exist."""
-    keys = in_order({**before, **after})
-    keys += [key for key in {**before, **after} if key not in keys]
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    """Every key of either side that is for display: known ones first and in order, with the change where
+    both exist."""
+    told = {**for_display(before), **for_display(after)}
+    keys = in_order(told)
+    keys += [key for key in told if key not in keys]
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("metric")
     for column in ("before", "after", "change"):
         table.add_column(column, justify="right")
@@ -260,6 +276,18 @@ def compare(
         table.add_row(*(Text(cell) for cell in cells))
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return Comparison(table, "\n".join(lines) + "\n")
+
+
+def results(values: Mapping[str, float | int]) -> dict[str, float | int]:
+    """What the table at a run's end is about: held-out rates and lengths. Of two names for one value the
+    plainer; the reward as a sum only where there is no accuracy; what is unscored only where it is some."""
+    twice = {key for key, plain in PLAIN_NAMES.items() if plain in values}
+    left_out = twice | ({"reward"} if "accuracy" in values else set())
+    return {
+        key: values[key]
+        for key in in_order(values)
+        if key not in left_out and (key, values[key]) != ("unscored", 0)
+    }
 
 
 def in_order(values: Mapping[str, float | int]) -> list[str]:

@@ -3,6 +3,7 @@ evaluation cannot disagree about what is right."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,9 +11,12 @@ import numpy as np
 
 from reflectvlm.protocols import Policy, Reattention, RolloutEngine
 from reflectvlm.rewards.rubric import Rubric
+from reflectvlm.train.reflections import insertion_curves, tag_curves
 from reflectvlm.types import Instruction, Sample, SamplingParams, ScoredGroup
 
 DEFAULT_TAG = "<back>"
+PLAIN_NAMES = {"reward/accuracy": "accuracy", "reward/format": "layout_rate"}
+"""Parts of the reward that are rates, and what they are called as such."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,7 +29,7 @@ class Evaluation:
     data: Sequence[Sample]
     max_tokens: int = 512
     tag: str = DEFAULT_TAG
-    """Whose rate is reported."""
+    """Whose rate is reported, and the number, length and place of its blocks."""
 
     def __post_init__(self) -> None:
         if len(self.data) == 0:
@@ -46,7 +50,10 @@ class Evaluation:
 
 
 def summarize(groups: Sequence[ScoredGroup], tag: str) -> dict[str, float]:
-    """Means over rollouts: reward and its parts, rate of the tag, lengths, how they ended."""
+    """Means over rollouts: reward and its parts, rate and blocks of the tag, lengths, how they ended.
+
+    A reward without any value is NaN: it did not apply, or failed, everywhere.
+    """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     scored = [keep for group in groups for keep in group.scored]
     rewards = [reward for group in groups for reward in group.rewards]
@@ -62,12 +69,10 @@ def summarize(groups: Sequence[ScoredGroup], tag: str) -> dict[str, float]:
     for name in groups[0].parts:
         part = [value for group in groups for value in group.parts[name]]
         values[f"reward/{name}"] = _mean([value for value in part if np.isfinite(value)])
-    for name, key in (("accuracy", "accuracy"), ("format", "layout_rate")):
-        if f"reward/{name}" in values:
-            values[key] = values[f"reward/{name}"]
-    return values
+    values |= {plain: values[key] for key, plain in PLAIN_NAMES.items() if key in values}
+    return values | tag_curves(rollouts, tag) | insertion_curves(rollouts)
 
 
 def _mean(values: Sequence[float | bool]) -> float:
-    """Mean; 0 for nothing."""
-    return float(np.mean(values)) if len(values) else 0.0
+    """Mean; NaN for nothing."""
+    return float(np.mean(values)) if len(values) else math.nan

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from reflectvlm import stages
 from reflectvlm.models.freezing import trainable_table
 from reflectvlm.train.canary import check_sight
 from reflectvlm.train.checkpoint import (
@@ -20,7 +21,7 @@ from reflectvlm.train.checkpoint import (
     rng_state,
     set_rng_state,
 )
-from reflectvlm.train.console import Console
+from reflectvlm.train.console import Console, results
 from reflectvlm.train.dump import dump_batch
 from reflectvlm.train.plots import curves
 from reflectvlm.train.run import Metrics, RunResult, StepResult, Trainable
@@ -207,8 +208,9 @@ class _Loop:
             self.trackers.rollouts(self.done, groups)
         self.trainer.policy.save(self.folder.model)
         self.trackers.close()
-        title = f"{self.folder.path.name}: held-out rows, greedy"
-        markdown = self.console.table(title, self.before, after).markdown if after else title
+        title = f"{stages.without_digest(self.folder.path.name)}: held-out rows, greedy"
+        shown = results(self.before), results(after)
+        markdown = self.console.table(title, *shown).markdown if after else title
         self.folder.write_summary({"before": self.before, "after": after, "steps": self.done}, markdown)
         self._draw()
         self.console.say(f"model, curves, samples and metrics are in {self.folder.path}")

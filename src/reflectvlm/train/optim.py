@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from reflectvlm.models.freezing import trained_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,17 +39,26 @@ class AdamW:
                 raise ValueError(f"AdamW.{name} is {getattr(self, name)}. It is a share, from 0 to 1.")
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+        """One group; and a second one without weight decay for parameters of which only some rows
+        train (`models.freezing`), because decay would move the others too."""
         trained = [parameter for parameter in parameters if parameter.requires_grad]
+        whole = [parameter for parameter in trained if trained_rows(parameter) is None]
+        by_rows = [parameter for parameter in trained if trained_rows(parameter) is not None]
+        groups: list[dict[str, Any]] = [{"params": whole}, {"params": by_rows, "weight_decay": 0.0}]
         return torch.optim.AdamW(
-            trained, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
+            [group for group in groups if group["params"]],
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
         )
 
     def rate(self, step: int, total: int) -> float:
-        """Learning rate of step `step` of `total`, counted from 0."""
+        """Learning rate of step `step` of `total`, counted from 0; a later step has that of the end."""
         warm = math.ceil(self.warmup * total)
         if step < warm:
             return self.lr * (step + 1) / warm
-        done = (step - warm) / max(1, total - warm)
+        done = min(1.0, (step - warm) / max(1, total - warm))
         match self.schedule:
             case "constant":
                 return self.lr

@@ -13,22 +13,40 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reflectvlm.train.reflections import for_display
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-KEYS = ("reward", "accuracy", "back_rate", "layout_rate", "length/mean", "kl", "entropy", "loss", "grad_norm")
+KEYS = (
+    "reward",
+    "accuracy",
+    "back_rate",
+    "layout_rate",
+    "blocks/count",
+    "blocks/tokens_each",
+    "blocks/empty",
+    "length/mean",
+    "kl",
+    "entropy",
+    "loss",
+    "grad_norm",
+)
 TITLES = {
     "reward": "reward",
     "accuracy": "accuracy",
     "back_rate": "answers with a look back",
     "layout_rate": "valid layout",
+    "blocks/count": "looks per answer",
+    "blocks/tokens_each": "tokens per look",
+    "blocks/empty": "empty looks",
     "length/mean": "tokens per answer",
     "kl": "KL to the reference",
     "entropy": "entropy, nats",
     "loss": "loss",
     "grad_norm": "gradient norm",
 }
-RATES = ("accuracy", "back_rate", "layout_rate")
+RATES = ("accuracy", "back_rate", "layout_rate", "blocks/empty")
 
 _TRAIN = "#2563eb"
 _EVAL = "#ea580c"
@@ -38,9 +56,14 @@ Series = tuple[list[int], list[float]]
 
 
 def curves(
-    metrics_jsonl: Path, out: Path, keys: Sequence[str] = KEYS, *, labels: Mapping[str, str] | None = None
+    metrics_jsonl: Path,
+    out: Path,
+    keys: Sequence[str] | None = None,
+    *,
+    labels: Mapping[str, str] | None = None,
 ) -> Path:
-    """Draw each of `keys` that occurs, and `eval/<key>` into the same panel, as a PNG at `out`.
+    """Draw each of `keys` that occurs, and `eval/<key>` into the same panel, as a PNG at `out`. Without
+    `keys` it is `KEYS`, those of blocks only in runs where they say something.
 
     A run without any of them gets a picture that says so: a plot never fails a training.
     """
@@ -48,7 +71,9 @@ def curves(
     from matplotlib.figure import Figure
 
     series = read_series(metrics_jsonl)
-    shown = [key for key in keys if key in series or f"eval/{key}" in series]
+    means = _means(series)
+    told = for_display(means) if keys is None else means
+    shown = [key for key in (KEYS if keys is None else keys) if key in told]
     columns = min(3, max(1, len(shown)))
     rows = max(1, math.ceil(len(shown) / columns))
     figure = Figure(figsize=(3.9 * columns, 2.7 * rows), dpi=130, facecolor="white")
@@ -94,6 +119,14 @@ def moving_average(values: Sequence[float], window: int) -> list[float]:
     half = window // 2
     near = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(some) / len(some) for some in near]
+
+
+def _means(series: Mapping[str, Series]) -> dict[str, float]:
+    """Means of all keys, training and evaluation as one."""
+    together: dict[str, list[float]] = {}
+    for key, (_, values) in series.items():
+        together.setdefault(key.removeprefix("eval/"), []).extend(values)
+    return {key: sum(values) / len(values) for key, values in together.items()}
 
 
 def _panel(axes: Axes, title: str, train: Series | None, evaluated: Series | None, *, rate: bool) -> None:

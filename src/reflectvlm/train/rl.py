@@ -19,6 +19,7 @@ import torch
 from reflectvlm.advantages import GroupMean
 from reflectvlm.batch import Batch
 from reflectvlm.data.rows import BadRow
+from reflectvlm.models.carried import carry
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.objectives import ClippedSurrogate
 from reflectvlm.protocols import Advantage, Objective, Reattention, RolloutEngine
@@ -35,6 +36,9 @@ from reflectvlm.train.update import Updater, score_without_grad
 from reflectvlm.types import Instruction, Prompt, Rollout, Sample, SamplingParams, ScoredGroup
 
 log = logging.getLogger("reflectvlm")
+
+PATIENCE = 3
+"""Steps in a row without any scored rollout after which a run stops."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +94,8 @@ class RLTrainer:
     """Validation rows, for the curve."""
     test: Evaluation | None = None
     """Test rows, for the table before and after."""
+    tag: str = DEFAULT_TAG
+    """Whose rate and curves the training rollouts are reported with."""
     seed: int = 0
     name: str = "rl"
     variant: str = ""
@@ -102,6 +108,8 @@ class RLTrainer:
     """Optimiser steps taken so far: the policy version of new rollouts."""
     row_ids: tuple[str, ...] = field(default=(), init=False)
     """Ids of the rows of the current step, for reports."""
+    unscored_steps: int = field(default=0, init=False)
+    """Steps up to now, in a row, in which no rollout was scored."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -132,9 +140,13 @@ class RLTrainer:
         """One step of the loop; `step` counts from 0."""
         started = time.perf_counter()
         scored = self.sample_groups(step)
+        self._check_scored(scored)
         sampled = time.perf_counter()
         useful = [group for group in scored if group.has_signal]
-        metrics = summarize(scored, self.tag) | {"useful_groups": len(useful) / len(scored)}
+        metrics = summarize(scored, self.tag) | {
+            "useful_groups": len(useful) / len(scored),
+            "lr": self.optimizer.rate(step, self.steps),
+        }
         trained = [group for group in scored if any(group.scored)] if self.keep_equal_groups else useful
         if trained:
             metrics |= self.update(trained, step)
@@ -147,6 +159,18 @@ class RLTrainer:
             "time/tokens_per_second": tokens / (ended - started),
         }
         return StepResult(metrics=metrics, groups=scored)
+
+    def _check_scored(self, groups: Sequence[ScoredGroup]) -> None:
+        """A reward that always fails would let the run end well without having learned anything."""
+        nothing = not any(any(group.scored) for group in groups)
+        self.unscored_steps = self.unscored_steps + 1 if nothing else 0
+        if self.unscored_steps >= min(PATIENCE, self.steps):
+            raise RuntimeError(
+                f"All rollouts of {self.unscored_steps} step{'s' * (self.unscored_steps > 1)} in a row are "
+                "unscored, so nothing trains. A reward failed on each of them (the warnings above say how), "
+                "none applied, or drop_truncated left all answers out. Repair the reward, or raise "
+                "sampling.max_tokens; resume=auto goes on from the last checkpoint."
+            )
 
     def sample_groups(self, step: int) -> list[ScoredGroup]:
         """Prompts -> scored groups; with dynamic sampling until enough of them carry a signal."""
@@ -278,16 +302,11 @@ class RLTrainer:
             temperature=self.sampling.logprob_temperature,
         )
 
-    @property
-    def tag(self) -> str:
-        """The tag whose rate is reported."""
-        evaluation = self.evaluation or self.test
-        return DEFAULT_TAG if evaluation is None else evaluation.tag
-
     # -- what the loop needs --------------------------------------------------------------------
 
     def prepare(self) -> None:
         """Makes the reference before anything trains."""
+        carry(self.policy.model.config, self.reattention, self.instruction)
         self.policy.module.to(self.runtime.device)
         _ = self.reference, self.updater
 

@@ -9,12 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from reflectvlm.models.carried import carry
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.objectives import CrossEntropy
 from reflectvlm.protocols import Objective, Reattention, RolloutEngine
 from reflectvlm.reattention import Implicit
 from reflectvlm.rewards.rubric import Rubric
 from reflectvlm.rollout.engine import InProcessEngine
+from reflectvlm.rollout.placing import answer_spans, place_insertions, place_recorded
+from reflectvlm.spans import count_tokens
 from reflectvlm.train.cursor import row_at
 from reflectvlm.train.evaluate import Evaluation
 from reflectvlm.train.loop import run_training
@@ -22,7 +25,7 @@ from reflectvlm.train.optim import AdamW
 from reflectvlm.train.run import Metrics, Output, RunResult, StepResult
 from reflectvlm.train.runtime import Runtime
 from reflectvlm.train.update import Updater
-from reflectvlm.types import Instruction, Prompt, Sample, ScoredGroup, Spans
+from reflectvlm.types import Instruction, Prompt, Sample, ScoredGroup, Spans, Text
 
 
 @dataclass(kw_only=True, eq=False)
@@ -43,6 +46,10 @@ class SFTTrainer:
     instruction: Instruction | Sequence[Instruction] = field(default_factory=Instruction)
     """One, or several of which each row gets one in turn."""
     reattention: Reattention = field(default_factory=Implicit)
+    """Its blocks are put into the gold answers before they are trained on. What ROUTE chooses there
+    comes from a pass of the policy as it is at that step, without gradients."""
+    choices: str | None = None
+    """Column with recorded choices (`placing.recorded`), taken instead of that pass."""
     engine: Callable[..., RolloutEngine] = InProcessEngine
     rows_per_step: int = 16
     max_tokens: int = 4096
@@ -68,10 +75,15 @@ class SFTTrainer:
                 raise ValueError(f"{name} is {getattr(self, name)}. It must be at least 1.")
         if len(self.data) == 0:
             raise ValueError("data has no rows. Check its path and its filters.")
+        if close := getattr(self.reattention, "close", None):
+            raise ValueError(
+                f"reattention.close is {close!r}: it forces text while generating, and a gold answer has its "
+                "own. Leave it out; if vision-only is meant, leave the blocks of your traces empty."
+            )
 
     def step(self, step: int) -> StepResult:
         started = time.perf_counter()
-        sequences = [self._sequence(self.position + i) for i in range(self.rows_per_step)]
+        sequences = self.sequences(range(self.position, self.position + self.rows_per_step))
         self.position += len(sequences)
         self.row_ids = tuple(prompt.sample.id for prompt, _ in sequences)
         batch = self.policy.batch(sequences)
@@ -84,7 +96,31 @@ class SFTTrainer:
         metrics |= {"time/step": seconds, "time/tokens_per_second": counts["tokens"] / seconds}
         return StepResult(metrics=metrics, groups=[])
 
-    def _sequence(self, position: int) -> tuple[Prompt, Spans]:
+    def sequences(self, positions: Sequence[int]) -> list[tuple[Prompt, Spans]]:
+        """Rows -> prompts and gold answers, with the blocks that re-attention puts into them."""
+        rows = [self._row(position) for position in positions]
+        answers = [(prompt, answer[0].ids) for prompt, answer in rows]
+        if self.reattention.trigger is None:
+            return list(rows)
+        self.policy.module.eval()
+        placed = (
+            [
+                place_recorded(
+                    self.policy, *answer, self.reattention, answer[0].sample.columns.get(self.choices)
+                )
+                for answer in answers
+            ]
+            if self.choices
+            else place_insertions(self.policy, answers, self.reattention, rows=self.micro_rows)
+        )
+        made = [
+            (prompt, answer_spans(ids, (), one)) for (prompt, ids), one in zip(answers, placed, strict=True)
+        ]
+        for prompt, spans in made:
+            self._check_length(prompt, spans)
+        return made
+
+    def _row(self, position: int) -> tuple[Prompt, tuple[Text]]:
         sample = row_at(self.data, position, self.seed)
         instructions = self.instructions
         prompt = self.policy.prompt(sample, instructions[position % len(instructions)])
@@ -94,12 +130,15 @@ class SFTTrainer:
                 f"per row; name its column with target=…; this row has {sorted(sample.columns)}."
             )
         answer = self.policy.answer(text)
-        if (length := self.policy.prompt_length(prompt) + len(answer[0].ids)) > self.max_tokens:
+        self._check_length(prompt, answer)
+        return prompt, answer
+
+    def _check_length(self, prompt: Prompt, answer: Spans) -> None:
+        if (length := count_tokens(prompt.spans + answer, prompt.grids)) > self.max_tokens:
             raise ValueError(
-                f"Row {sample.id!r} has {length} tokens, more than max_tokens={self.max_tokens}. "
+                f"Row {prompt.sample.id!r} has {length} tokens, more than max_tokens={self.max_tokens}. "
                 "Leave it out, raise max_tokens or lower policy.max_pixels; nothing is cut."
             )
-        return prompt, answer
 
     @property
     def instructions(self) -> Sequence[Instruction]:
@@ -130,6 +169,7 @@ class SFTTrainer:
     # -- what the loop needs --------------------------------------------------------------------
 
     def prepare(self) -> None:
+        carry(self.policy.model.config, self.reattention, self.instructions[0])
         self.policy.module.to(self.runtime.device)
         _ = self.updater
 

@@ -196,10 +196,9 @@ class Wandb:
         if self.mode not in modes:
             raise ValueError(f"Wandb.mode is {self.mode!r}. It must be one of {', '.join(modes)}.")
         if importlib.util.find_spec("wandb") is None:
-            raise ModuleNotFoundError(
+            raise ValueError(  # the recipe asks for it: what a user wrote
                 "The tracker Wandb needs the package wandb, which is not installed. "
-                "Install the extra `reflectvlm[wandb]` or leave this tracker out.",
-                name="wandb",
+                "Install the extra `reflectvlm[wandb]` or leave this tracker out."
             )
 
     def start(self, card: Mapping[str, Any]) -> None:

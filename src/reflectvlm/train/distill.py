@@ -1,0 +1,178 @@
+"""Distillation: a policy answers questions, and its good answers become gold rows for SFT.
+
+Qwen Look Again (arXiv 2505.23558), stage 3: Qwen-Zero answers; answers judged wrong are rewritten. Here
+the rubric judges instead of four models, and a wrong answer is left out or replaced by the row's own
+gold answer instead of a strong model's. How rows are written and resumed is in `distill_run.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from reflectvlm.data.rows import BadRow
+from reflectvlm.models.qwen_vl import QwenVL
+from reflectvlm.protocols import Reattention, RolloutEngine
+from reflectvlm.reattention import Implicit
+from reflectvlm.rewards.rubric import Rubric
+from reflectvlm.rollout.engine import InProcessEngine
+from reflectvlm.train.cursor import row_at
+from reflectvlm.train.distill_run import COLUMNS, Distilled, run_distillation
+from reflectvlm.train.run import Output
+from reflectvlm.train.runtime import Runtime
+from reflectvlm.types import Instruction, Prompt, Rollout, Sample, SamplingParams, ScoredGroup
+
+log = logging.getLogger("reflectvlm")
+
+LAYOUT = "format"
+"""The reward whose failure counts as a broken layout rather than a wrong answer."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Distiller:
+    """A recipe is this constructor's call, written down.
+
+    Example:
+        Distiller(policy=load_policy("runs/qwen_la_brpo/model"), data=Digits(), rubric=brpo_rubric(),
+                  rows=2000).run().rows
+    """
+
+    policy: QwenVL
+    data: Sequence[Sample]
+    rubric: Rubric
+    """Judges the answers, and of several that are good picks the one with the highest reward."""
+    rows: int | None = None
+    """How many rows of the data are asked, each once; None for all."""
+    instruction: Instruction = field(default_factory=Instruction)
+    reattention: Reattention = field(default_factory=Implicit)
+    engine: Callable[..., RolloutEngine] = InProcessEngine
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    samples_per_row: int = 1
+    """Answers to each question; one of the good ones becomes its row."""
+    rows_per_batch: int = 64
+    """Rows asked at one time: what a kill loses at most. With sampling, another number draws others."""
+    accept: Mapping[str, float] = field(default_factory=lambda: {"accuracy": 1.0, LAYOUT: 1.0})
+    """Least value of each named reward of the rubric that an answer must have to be good."""
+    wrong: Literal["drop", "repair"] = "drop"
+    """What becomes of a question without a good answer: no row, or one with its gold answer."""
+    target: str = "trace"
+    """Column of the answers: of the gold ones in the data, and of all of them in the rows."""
+    max_prompt_tokens: int = 2048
+    """Rows with a longer prompt are left out, by name."""
+    tag: str = "<REFLECTION>"
+    """Whose rate is reported."""
+    seed: int = 0
+    name: str = "distill"
+    variant: str = ""
+    output: Output = field(default_factory=Output)
+
+    def __post_init__(self) -> None:
+        if len(self.data) == 0:
+            raise ValueError("data has no rows. Check its path and its filters.")
+        for name in ("samples_per_row", "rows_per_batch", "max_prompt_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}. It must be at least 1.")
+        if self.rows is not None and not 1 <= self.rows <= len(self.data):
+            raise ValueError(
+                f"rows is {self.rows}, but the data has {len(self.data)}, and each is asked once. "
+                f"Give 1 to {len(self.data)}, or null for all; samples_per_row asks one several times."
+            )
+        if self.wrong not in ("drop", "repair"):
+            raise ValueError(f"wrong is {self.wrong!r}. It must be 'drop' or 'repair'.")
+        if self.target in (*COLUMNS, "keep"):
+            raise ValueError(
+                f"target is {self.target!r}, which is another column of the rows. Choose none of {COLUMNS}."
+            )
+        if unknown := sorted(set(self.accept) - set(self.rubric.rewards)):
+            raise ValueError(
+                f"accept names {unknown[0]!r}, but the rubric's rewards are {sorted(self.rubric.rewards)}. "
+                "Name one of them, with the least value that a good answer has."
+            )
+
+    @property
+    def total(self) -> int:
+        return len(self.data) if self.rows is None else self.rows
+
+    @property
+    def batches(self) -> int:
+        return -(-self.total // self.rows_per_batch)
+
+    def places(self, batch: int) -> range:
+        """Places in the data of a batch, counted from 0."""
+        first = batch * self.rows_per_batch
+        return range(first, min(first + self.rows_per_batch, self.total))
+
+    def run(self) -> Distilled:
+        """Asks all rows, or goes on where an earlier run stopped."""
+        return run_distillation(self)
+
+    # -- one batch ------------------------------------------------------------------------------
+
+    def prompts(self, batch: int) -> list[Prompt]:
+        """The prompts of a batch. Rows that cannot be asked are named."""
+        return [prompt for place in self.places(batch) if (prompt := self._prompt(place)) is not None]
+
+    def _prompt(self, place: int) -> Prompt | None:
+        try:
+            sample = row_at(self.data, place, self.seed)
+        except BadRow as error:
+            log.warning("row left out: %s", error)
+            return None
+        if self.wrong == "repair":
+            self.gold(sample)  # told before anything is asked
+        prompt = self.policy.prompt(sample, self.instruction)
+        if (length := self.policy.prompt_length(prompt)) <= self.max_prompt_tokens:
+            return prompt
+        log.warning(
+            "row %s left out: its prompt has %d tokens, max_prompt_tokens is %d",
+            sample.id, length, self.max_prompt_tokens,
+        )  # fmt: skip
+        return None
+
+    def answers(self, prompts: Sequence[Prompt], batch: int) -> list[ScoredGroup]:
+        """Random numbers depend on the seed and the batch alone, so a restart draws the same ones."""
+        if not prompts:
+            return []
+        seed = int(np.random.SeedSequence([self.seed, batch, 31]).generate_state(1)[0])
+        groups = self.rollout_engine.generate(
+            prompts, self.samples_per_row, self.sampling, self.reattention, seed=seed
+        )
+        return [self.rubric(group) for group in groups]
+
+    def good(self, group: ScoredGroup) -> Rollout | None:
+        """The best of the answers that are good, the first of equals."""
+        numbers = [
+            i for i in range(len(group.rollouts)) if all(self._passes(group, i, n) for n in self.accept)
+        ]
+        return group.rollouts[max(numbers, key=group.rewards.__getitem__)] if numbers else None
+
+    def broken(self, group: ScoredGroup) -> bool:
+        """Whether all of a question's answers have a broken layout."""
+        if LAYOUT not in self.accept:
+            return False
+        return not any(self._passes(group, i, LAYOUT) for i in range(len(group.rollouts)))
+
+    def gold(self, sample: Sample) -> str:
+        text = sample.columns.get(self.target)
+        if isinstance(text, str) and text:
+            return text
+        raise ValueError(
+            f"Row {sample.id!r} has no text in its column {self.target!r}, and wrong='repair' takes the gold "
+            f"answer from there. Name its column with target=…, or give wrong='drop'; this row has "
+            f"{sorted(sample.columns)}."
+        )
+
+    def _passes(self, group: ScoredGroup, number: int, reward: str) -> bool:
+        return group.parts[reward][number] >= self.accept[reward]  # never true of NaN
+
+    # -- parts made once ------------------------------------------------------------------------
+
+    @functools.cached_property
+    def rollout_engine(self) -> RolloutEngine:
+        self.policy.module.to(Runtime().device)
+        return self.engine(policy=self.policy)

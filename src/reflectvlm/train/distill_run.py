@@ -1,0 +1,282 @@
+"""The run around a distillation: rows and images on disk, batch after batch, resumable.
+
+    <run folder>/rows.jsonl      id, question, answer, images, <target>, source: "model" or "gold", and
+                                 with re-attention `keep`: the blocks it chose, as `SFTTrainer.choices`
+                                 takes them
+    <run folder>/images/*.png    each image once, named by its content
+    <run folder>/batches.jsonl   what each batch came to; a restart goes on after the last whole one
+
+`dataset("rows.jsonl")` reads the rows. Left out: columns of the data beside these, and references to
+images that were files before: rows hold decoded images, which no longer say where they came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from reflectvlm.rollout.placing import answer_spans, place_insertions, recorded
+from reflectvlm.train.canary import check_sight
+from reflectvlm.train.console import Console
+from reflectvlm.train.evaluate import summarize
+from reflectvlm.train.run import Metrics
+from reflectvlm.train.run_folder import RunFolder
+from reflectvlm.train.signals import StopRequest
+from reflectvlm.train.table import Table
+from reflectvlm.train.trackers import JsonLines, Trackers
+from reflectvlm.types import Prompt, Sample, ScoredGroup, Spans
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from reflectvlm.train.distill import Distiller
+
+log = logging.getLogger("reflectvlm")
+
+ROWS = "rows.jsonl"
+COLUMNS = ("id", "question", "answer", "images", "source")
+"""What every row has beside its answer."""
+
+
+class Tally(NamedTuple):
+    """What became of the questions: `asked == kept + wrong + broken_layout`."""
+
+    asked: int = 0
+    kept: int = 0
+    """Answers of the model that became rows."""
+    wrong: int = 0
+    """Refused although their layout was fine."""
+    broken_layout: int = 0
+    repaired: int = 0
+    """Refused ones whose row got the gold answer."""
+    left_out: int = 0
+    """Rows never asked: unreadable, or with too long a prompt."""
+
+    def plus(self, other: Tally) -> Tally:
+        return Tally(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distilled:
+    """What a distillation leaves behind; the fields that callers of a run read are those of `RunResult`."""
+
+    folder: Path
+    tally: Tally
+    finished: bool
+    exit_code: int = 0
+
+    @property
+    def rows(self) -> Path:
+        return self.folder / ROWS
+
+    @property
+    def model(self) -> None:
+        """No model is made."""
+        return
+
+    @property
+    def before(self) -> Metrics:
+        return {}
+
+    @property
+    def after(self) -> Metrics:
+        return {name: float(value) for name, value in self.tally._asdict().items()}
+
+
+def run_distillation(distiller: Distiller) -> Distilled:
+    """Asks all rows, or goes on where an earlier run stopped."""
+    output = distiller.output
+    name = "-".join(part for part in (distiller.name, distiller.variant) if part)
+    recipe, overrides = output.recipe_yaml, output.overrides
+    if output.resume in ("auto", "never"):
+        folder = RunFolder.create(
+            output.root, name, recipe_yaml=recipe, overrides=overrides, resume=output.resume
+        )
+    else:
+        folder = RunFolder.reopen(_existing(output.resume), recipe_yaml=recipe, overrides=overrides)
+    with folder, StopRequest() as stop:
+        return _Run(distiller, folder, stop).run()
+
+
+def _existing(path: str) -> Path:
+    """The run folder named by `resume=PATH`."""
+    folder = Path(path)
+    if not (folder / "batches.jsonl").is_file():
+        raise ValueError(
+            f"resume={path!r} is no folder of a distillation: it has no batches.jsonl. "
+            "Give the folder of one, or auto, or never."
+        )
+    return folder.absolute()
+
+
+class _Run:
+    """One process's share of a distillation: batch after batch into the folder."""
+
+    def __init__(self, distiller: Distiller, folder: RunFolder, stop: StopRequest) -> None:
+        self.distiller, self.folder, self.stop = distiller, folder, stop
+        self.rows, self.progress = folder.path / ROWS, folder.path / "batches.jsonl"
+        self.images = folder.path / "images"
+        output = distiller.output
+        self.console = Console(folder.path.name, distiller.batches, every=output.print_every)
+        self.trackers = Trackers((self.console, JsonLines(folder.path), *output.trackers))
+        self.done, self.tally = 0, Tally()
+
+    def run(self) -> Distilled:
+        if self.folder.finished:
+            summary = json.loads(self.folder.summary.read_text(encoding="utf-8"))
+            self.tally = Tally(**{name: summary[name] for name in Tally._fields})
+            self.console.say(f"{self.folder.path} is finished; nothing to do")
+            return self._result(finished=True)
+        self._restore()
+        self.trackers.start({"name": self.folder.path.name, "steps": self.distiller.batches})
+        try:
+            if not self.done:
+                self._check_sight()
+            while self.done < self.distiller.batches and not self.stop.requested:
+                self._batch()
+        finally:
+            self.trackers.close()
+        return self._stopped() if self.done < self.distiller.batches else self._end()
+
+    def _check_sight(self) -> None:
+        if self.distiller.output.canary:
+            _ = self.distiller.rollout_engine  # moves the policy to its device
+            check_sight(self.distiller.policy, self.distiller.prompts(0)[:4])
+
+    def _batch(self) -> None:
+        started = time.perf_counter()
+        distiller, number = self.distiller, self.done
+        prompts = distiller.prompts(number)
+        groups = distiller.answers(prompts, number)
+        tally = Tally(left_out=len(distiller.places(number)) - len(prompts))
+        lines = []
+        for prompt, group in zip(prompts, groups, strict=True):
+            row, what = self._row(prompt, group)
+            lines += [row] if row else []
+            tally = tally.plus(what)
+        self._append(lines, tally)
+        if groups:
+            metrics = summarize(groups, distiller.tag) | {"kept": tally.kept / tally.asked}
+            self.trackers.metrics(self.done, metrics | {"time/step": time.perf_counter() - started})
+            self.trackers.rollouts(self.done, groups)
+
+    def _row(self, prompt: Prompt, group: ScoredGroup) -> tuple[dict[str, Any] | None, Tally]:
+        distiller, sample = self.distiller, prompt.sample
+        if (rollout := distiller.good(group)) is not None:
+            line = self._line(sample, rollout.text, "model", self._choices(rollout.spans))
+            return line, Tally(asked=1, kept=1)
+        broken = distiller.broken(group)
+        refused = Tally(asked=1, wrong=not broken, broken_layout=broken)
+        if distiller.wrong == "drop":
+            return None, refused
+        text = distiller.gold(sample)
+        answer = (prompt, distiller.policy.answer(text)[0].ids)
+        placed = place_insertions(distiller.policy, [answer], distiller.reattention)[0]
+        chosen = self._choices(answer_spans(answer[1], (), placed))
+        return self._line(sample, text, "gold", chosen), refused._replace(repaired=1)
+
+    def _choices(self, spans: Spans) -> list[list[list[Any]]]:
+        return recorded(self.distiller.policy, spans, self.distiller.reattention.trigger)
+
+    def _line(self, sample: Sample, text: str, source: str, keep: list[Any]) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "id": sample.id,
+            "question": sample.question,
+            "answer": sample.answer,
+            "images": [self._image(image) for image in sample.images],
+            self.distiller.target: text,
+            "source": source,
+        }
+        return row if self.distiller.reattention.trigger is None else row | {"keep": keep}
+
+    def _image(self, image: Image) -> str:
+        """Writes an image unless it is there, and returns its path from the rows' folder."""
+        content = f"{image.mode} {image.size} ".encode() + image.tobytes()
+        path = self.images / f"{hashlib.sha256(content).hexdigest()[:24]}.png"
+        if not path.exists():
+            self.images.mkdir(exist_ok=True)
+            aside = path.with_suffix(".tmp")
+            image.save(aside, format="PNG", compress_level=1)
+            os.replace(aside, path)
+        return f"{self.images.name}/{path.name}"
+
+    # -- progress on disk -----------------------------------------------------------------------
+
+    def _append(self, lines: Sequence[Mapping[str, Any]], tally: Tally) -> None:
+        """Rows first, then the line that says they are whole."""
+        _write(self.rows, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        self.done += 1
+        self.tally = self.tally.plus(tally)
+        entry = {"batch": self.done, "bytes": self.rows.stat().st_size, **tally._asdict()}
+        _write(self.progress, json.dumps(entry) + "\n")
+
+    def _restore(self) -> None:
+        """Goes back to the last batch whose rows are all there; whatever follows is dropped."""
+        size = self.rows.stat().st_size if self.rows.is_file() else 0
+        entries = [entry for entry in _whole_lines(self.progress) if entry["bytes"] <= size]
+        text = "".join(json.dumps(entry) + "\n" for entry in entries)
+        for path in (self.rows, self.progress):
+            path.touch()
+        os.truncate(self.rows, entries[-1]["bytes"] if entries else 0)
+        os.truncate(self.progress, len(text.encode()))
+        self.done = len(entries)
+        for entry in entries:
+            self.tally = self.tally.plus(Tally(**{name: entry[name] for name in Tally._fields}))
+        self.trackers.truncate_after(self.done)
+        if entries:
+            log.info("resumed %s at batch %d of %d", self.folder.path, self.done, self.distiller.batches)
+
+    # -- ends -----------------------------------------------------------------------------------
+
+    def _stopped(self) -> Distilled:
+        self.console.say(
+            f"stopped by {self.stop.signal_name} after batch {self.done} of {self.distiller.batches}; "
+            f"saved in {self.folder.path}. Go on with resume=auto."
+        )
+        return self._result(finished=False)
+
+    def _end(self) -> Distilled:
+        tally = self.tally
+        made = tally.kept + tally.repaired
+        if not made:
+            raise RuntimeError(
+                f"No row was made: of {tally.asked} answers {tally.wrong} are wrong and "
+                f"{tally.broken_layout} have a broken layout; samples are in {self.folder.path}. Train the "
+                "policy longer, check that instruction and rubric are those it was trained with, or give "
+                "wrong=repair."
+            )
+        table = Table(f"{self.folder.path.name}: {made} rows", ("answers", "number", "share"))
+        for name, value in tally._asdict().items():
+            share = f"{100 * value / tally.asked:.1f}%" if tally.asked and name != "left_out" else "–"
+            table.add(name.replace("_", " "), f"{value:,}", share)
+        self.folder.write_summary({**tally._asdict(), "rows": made}, table.markdown)
+        table.show()
+        self.console.say(f"rows and images are in {self.folder.path}")
+        return self._result(finished=True)
+
+    def _result(self, *, finished: bool) -> Distilled:
+        code = 0 if finished else self.stop.exit_code
+        return Distilled(folder=self.folder.path, tally=self.tally, finished=finished, exit_code=code)
+
+
+def _write(path: Path, text: str) -> None:
+    """Appends, and returns when it is on the disk."""
+    with path.open("a", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Entries up to the first line that a kill has cut."""
+    if not path.is_file():
+        return []
+    whole = path.read_bytes().rpartition(b"\n")[0]
+    return [json.loads(line) for line in whole.splitlines()]

@@ -1,0 +1,107 @@
+"""What a model's greedy answers to held-out questions come to: one line of a comparison.
+
+Unlike `Evaluation`, whose curve belongs to one run, this looks at what differs between models: what
+re-attention inserted, what was said that is not there, and the time it took.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from reflectvlm.models.qwen_vl import QwenVL
+from reflectvlm.protocols import Reattention, Reward, RolloutEngine
+from reflectvlm.rewards.rubric import Rubric
+from reflectvlm.rollout.engine import InProcessEngine
+from reflectvlm.spans import count_tokens
+from reflectvlm.train.evaluate import Evaluation
+from reflectvlm.train.runtime import Runtime
+from reflectvlm.train.table import Table
+from reflectvlm.types import Instruction, SamplingParams, ScoredGroup
+
+WARM_UP = 4
+"""Most tokens of an answer before the clock starts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What one row came to. Means are over the held-out answers."""
+
+    answers: int
+    accuracy: float | None
+    hallucination: float | None
+    """None: nothing was mentioned that could be wrong, or it is not measured."""
+    layout: float | None
+    length: float
+    """Sampled tokens per answer."""
+    inserted: float
+    """Tokens that re-attention put in per answer, the two around each block counted."""
+    truncated: float
+    seconds: float
+    """Time to generate all answers; a warm-up, prompts and scoring are not counted."""
+
+
+def measure(
+    policy: QwenVL,
+    held_out: Evaluation,
+    rubric: Rubric,
+    instruction: Instruction,
+    reattention: Reattention,
+    measures: Mapping[str, Reward],
+    engine: Callable[..., RolloutEngine] = InProcessEngine,
+) -> Figures:
+    """Asks a model the held-out questions. `measures` are rewards that only this comparison looks at;
+    `engine` makes the engine from the policy."""
+    policy.module.to(Runtime().device)
+    prompts = [policy.prompt(held_out.data[i], instruction) for i in range(len(held_out.data))]
+    sampling = SamplingParams(max_tokens=held_out.max_tokens, temperature=0.0)
+    made = engine(policy=policy)
+    # The first pass of a process and of a shape costs what none after it does: it is not timed.
+    made.generate(prompts[:2], 1, replace(sampling, max_tokens=WARM_UP), reattention, seed=0)
+    started = time.perf_counter()
+    groups = made.generate(prompts, 1, sampling, reattention, seed=0)
+    seconds = time.perf_counter() - started
+    judge = replace(
+        rubric,
+        rewards={**rubric.rewards, **measures},
+        weights={**rubric.weights, **dict.fromkeys(measures, 0.0)},
+    )
+    return figures_of([judge(group) for group in groups], seconds)
+
+
+def figures_of(groups: Sequence[ScoredGroup], seconds: float) -> Figures:
+    """One answer per question -> means over all of them."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    inserted = [count_tokens(rollout.insertions, rollout.prompt.grids) for rollout in rollouts]
+    return Figures(
+        answers=len(rollouts),
+        accuracy=_part(groups, "accuracy"),
+        hallucination=_part(groups, "hallucination"),
+        layout=_part(groups, "format"),
+        length=float(np.mean([len(rollout.sampled_ids) for rollout in rollouts])),
+        inserted=float(np.mean(inserted)),
+        truncated=float(np.mean([rollout.stop == "length" for rollout in rollouts])),
+        seconds=seconds,
+    )
+
+
+def comparison(title: str, figures: Mapping[str, Figures]) -> Table:
+    """The paper's ablation table."""
+    drawn = Table(title, ("model", "accuracy", "hallucination", "layout", "length", "inserted", "seconds"))
+    for name, of in figures.items():
+        shares = (share(value) for value in (of.accuracy, of.hallucination, of.layout))
+        drawn.add(name, *shares, f"{of.length:.1f}", f"{of.inserted:.1f}", f"{of.seconds:.1f}")
+    return drawn
+
+
+def share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}%"
+
+
+def _part(groups: Sequence[ScoredGroup], name: str) -> float | None:
+    """Mean of a reward over the answers it applies to; None if it applies to none."""
+    values = [value for group in groups for value in group.parts.get(name, ()) if np.isfinite(value)]
+    return float(np.mean(values)) if values else None

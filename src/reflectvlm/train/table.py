@@ -1,0 +1,55 @@
+"""A small table of texts: drawn on a terminal, plain markdown anywhere else and in files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Table:
+    """The first column names the rows; all others are numbers, aligned to the right.
+
+    Example: `Table("kept", ("answers", "number")).add("right", "12").show()`
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: list[tuple[str, ...]] = field(default_factory=list, init=False)
+
+    def add(self, *cells: str) -> Table:
+        assert len(cells) == len(self.columns), f"{len(cells)} cells for {len(self.columns)} columns"
+        self.rows.append(cells)
+        return self
+
+    @property
+    def markdown(self) -> str:
+        """Padded, so that it can be read as it is."""
+        lines = [tuple(self.columns), *self.rows]
+        escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+        widths = [max(3, *(len(line[c]) for line in escaped)) for c in range(len(self.columns))]
+        shown = [
+            [cell.ljust(width) if c == 0 else cell.rjust(width) for c, (cell, width) in enumerate(pairs)]
+            for pairs in (list(zip(line, widths, strict=True)) for line in escaped)
+        ]
+        rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+        body = "\n".join("| " + " | ".join(line) + " |" for line in [shown[0], rule, *shown[1:]])
+        return f"### {self.title}\n\n{body}\n"
+
+    def show(self) -> None:
+        """Prints it."""
+        if not sys.stdout.isatty():
+            print(self.markdown, end="")
+            return
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        drawn = RichTable(title=self.title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+        for number, name in enumerate(self.columns):
+            drawn.add_column(Text(name), justify="right" if number else "left")
+        for row in self.rows:
+            drawn.add_row(*map(Text, row))
+        Console(highlight=False).print(drawn)

@@ -1,0 +1,533 @@
+"""`reflectvlm generate`: what it prints and writes, going on where it stopped, and mistakes in one line."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fixtures import favour, make_policy, noise_image
+from reflectvlm import generate_command
+from reflectvlm.answer_card import card_file
+from reflectvlm.cli import HELP, main
+from reflectvlm.generate_command import Screen
+from reflectvlm.generate_options import COLUMNS, COMMON, FILE, ONE, POLICY, SAMPLING, described, value_of
+from reflectvlm.generator import Generator
+from reflectvlm.models.carried import carry
+from reflectvlm.protocols import Reattention
+from reflectvlm.reattention import Implicit, VisualCopy, VisualRoute
+from reflectvlm.types import Instruction, Rollout, Sample, SamplingParams, Visual
+
+SPECIAL = "<|box_start|>"
+COPY = VisualCopy(trigger=SPECIAL)
+ASKED = Instruction(text="Look twice.")
+QUESTION = "Which page is it?"
+DRAWN = ("max_tokens=12", "temperature=1", "seed=6")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that carries COPY, a page, and seven rows without gold answers."""
+    folder = tmp_path_factory.mktemp("work")
+    policy = favour(make_policy(), [SPECIAL], 4)
+    carry(policy.model.config, COPY, ASKED)
+    policy.save(folder / "run" / "model")
+    rows = []
+    for i in range(7):
+        noise_image(i).save(folder / f"p{i}.png")
+        rows.append({"id": f"row-{i}", "question": f"Page {i}?", "images": [f"p{i}.png"]})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _inside(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(work)
+
+
+def generator(reattention: Reattention | None = None) -> Generator:
+    sampling = SamplingParams(max_tokens=12, temperature=1)
+    return Generator.load("run/model", reattention, sampling=sampling, seed=6, device="cpu")
+
+
+def ask(*words: str) -> int:
+    return main(["generate", "model=run/model", "device=cpu", *words])
+
+
+def shown(rollout: Rollout) -> str:
+    """The text without control characters, inserted blocks behind the tags that asked for them, and a
+    line end."""
+    label, count = f"{SPECIAL}[image 0: all 16 tokens]", len(rollout.insertions)
+    text = "".join(c for c in rollout.text if c in "\n\t" or unicodedata.category(c) != "Cc")
+    return text.replace(SPECIAL, label, count) + "\n"
+
+
+# -- one question ---------------------------------------------------------------------------------
+
+
+def test_one_question(capsys: pytest.CaptureFixture[str]) -> None:
+    """An answer that is not the one that the model gives as it was trained, blocks that nobody sees, or
+    other lines in the middle of what is piped into a file."""
+    assert ask("image=p0.png", f"question={QUESTION}", *DRAWN) == 0
+    out, err = capsys.readouterr()
+    expected = generator().answer("p0.png", QUESTION)
+    assert out == shown(expected)
+    # A block is the page's 16 tokens and the two around them.
+    blocks = len(expected.insertions)
+    assert blocks > 0
+    first, second, last = [line for line in err.splitlines() if line and "Loading weights" not in line]
+    assert first == f"re-attention: VisualCopy(trigger='{SPECIAL}'), as the model's config says"
+    assert second == "instruction: Look twice., as the model's config says"
+    assert last.startswith(f"12 tokens sampled, {18 * blocks} inserted, ")
+    assert last.endswith(" s; stopped by max_tokens=12")
+
+
+def test_settings_over_what_the_model_carries(capsys: pytest.CaptureFixture[str]) -> None:
+    """A setting that is dropped, or one that resets the trigger to the class's own."""
+    words = ("image=p0.png", f"question={QUESTION}", *DRAWN)
+    assert ask(*words, "reattention.limit=1") == 0
+    out, err = capsys.readouterr()
+    expected = generator(dataclasses.replace(COPY, limit=1)).answer("p0.png", QUESTION)
+    assert out == shown(expected)
+    assert expected.count(SPECIAL) > 1 == out.count("[image")
+    assert f"VisualCopy(trigger='{SPECIAL}', limit=1), as the model's config says, with limit as given" in err
+    assert ask(*words, "reattention=implicit", "instruction=none") == 0
+    out, err = capsys.readouterr()
+    assert "[image" not in out
+    assert "re-attention: Implicit(), as given\ninstruction: none, as given" in err
+    assert ask(*words, "reattention=route", "reattention.m=25", f"reattention.trigger={SPECIAL}") == 0
+    out, err = capsys.readouterr()
+    assert "[image 0: 4 of 16 tokens]" in out
+    assert f"re-attention: VisualRoute(m=25.0, trigger='{SPECIAL}'), as given" in err
+
+
+def test_several_images_and_an_instruction(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Two images that are taken for one name, or an order that is not the user's."""
+    (tmp_path / "how.txt").write_text("In one word.")
+    words = (f"question={QUESTION}", "max_tokens=2", f"instruction={tmp_path / 'how.txt'}")
+    asked: list[Any] = []
+
+    def note(self: Generator, image: Any, question: str) -> Any:
+        asked.append((len(image), question, self.instruction))
+        return prompt(self, image, question)
+
+    prompt = Generator.prompt
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Generator, "prompt", note)
+        for images in (["image=p0.png,p1.png"], ["image=p0.png", "image=p1.png"], []):
+            assert ask(*images, *words, "instruction.place=system") == 0
+    how = Instruction(text="In one word.", place="system")
+    assert asked == [(2, QUESTION, how), (2, QUESTION, how), (0, QUESTION, how)]
+    assert "instruction: In one word., as given" in capsys.readouterr().err
+
+
+class Terminal(io.TextIOWrapper):
+    """A terminal of some encoding."""
+
+    def __init__(self, encoding: str = "utf-8", terminal: bool = True) -> None:
+        super().__init__(io.BytesIO(), encoding=encoding, newline="")
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def text(self) -> str:
+        self.flush()
+        assert isinstance(self.buffer, io.BytesIO)
+        return self.buffer.getvalue().decode(self.encoding)
+
+
+def on_screen(monkeypatch: pytest.MonkeyPatch, terminal: Terminal, *pieces: str) -> str:
+    monkeypatch.setattr(sys, "stdout", terminal)
+    screen = Screen()
+    for piece in pieces:
+        screen.text(piece)
+    screen.block("image 0: 1 of 16 tokens")
+    screen.end()
+    return terminal.text()
+
+
+def test_a_terminal_is_safe_and_dims_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that clears the screen or changes its title; markup of rich in an answer taken as markup;
+    blocks that look like the model's own words."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    out = on_screen(monkeypatch, Terminal(), "a\x1b[2J\x9b", "[red]b[/red]", "\n")
+    assert out == "a[2J[red]b[/red]\n\x1b[2m[image 0: 1 of 16 tokens]\x1b[0m\n"
+
+
+def test_a_stream_that_lacks_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that ends in an error at its first €, on a terminal of the C locale."""
+    out = on_screen(monkeypatch, Terminal("ascii", terminal=False), "2 €\t", "x")
+    assert out == "2 ?\tx[image 0: 1 of 16 tokens]\n"
+
+
+# -- a file of rows -------------------------------------------------------------------------------
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_file_of_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Answers in another order than the rows, rows without gold answers refused, or a field lost."""
+    out = tmp_path / "new" / "answers.jsonl"
+    assert ask("data=rows.jsonl", f"out={out}", "batch=3", *DRAWN) == 0
+    rows = [
+        Sample(id=f"row-{i}", question=f"Page {i}?", answer="", images=(noise_image(i),)) for i in range(7)
+    ]
+    expected = list(generator().answers(rows, batch=3))
+    assert any(rollout.insertions for rollout in expected)
+    assert lines_of(out) == [
+        {
+            "id": rollout.prompt.sample.id,
+            "question": rollout.prompt.sample.question,
+            "text": rollout.text,
+            "stop": rollout.stop,
+            "tokens": len(rollout.sampled_ids),
+            # A trigger that max_tokens cut off had nothing put in front of it.
+            "inserted": [[[0, None]]] * (blocks := len(rollout.insertions))
+            + [[]] * (rollout.count(SPECIAL) - blocks),
+        }
+        for rollout in expected
+    ]
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "7 rows answered in " in captured.err
+    assert "answers.jsonl has 7 of 7 rows\n" in captured.err
+
+
+def test_going_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers drawn twice or differently after a restart, a torn line that stays, a row that is lost."""
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    words = ("data=rows.jsonl", "batch=3", *DRAWN)
+    assert ask(*words, f"out={whole}") == 0
+    lines = whole.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:4]) + lines[4][:20])  # inside of the second batch of three
+    shutil.copy(card_file(whole), card_file(out))
+    batches: list[int] = []
+    batch = Generator.batch
+
+    def note(self: Generator, samples: Sequence[Sample], number: int = 0) -> list[Rollout]:
+        batches.append(number)
+        return batch(self, samples, number)
+
+    monkeypatch.setattr(Generator, "batch", note)
+    assert ask(*words, f"out={out}", "resume=auto") == 0
+    assert out.read_text() == whole.read_text()
+    assert batches == [1, 2]
+
+
+def test_greedy_rows_are_not_answered_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hours spent again on rows that are in the file; weights loaded for nothing."""
+    out = tmp_path / "out.jsonl"
+    words = ("data=rows.jsonl", f"out={out}", "batch=3", "max_tokens=3", "resume=auto")
+    assert ask(*words, "max_rows=1") == 0  # for its card
+    mine = [{"id": f"row-{i}", "question": f"Page {i}?", "text": "mine"} for i in (1, 4)]
+    out.write_text("".join(json.dumps(line) + "\n" for line in mine))
+    asked: list[str] = []
+    batch = Generator.batch
+
+    def note(self: Generator, samples: Sequence[Sample], number: int = 0) -> list[Rollout]:
+        asked.extend(sample.id for sample in samples)
+        return batch(self, samples, number)
+
+    monkeypatch.setattr(Generator, "batch", note)
+    assert ask(*words) == 0
+    assert asked == ["row-0", "row-2", "row-3", "row-5", "row-6"]
+    assert [line["id"] for line in lines_of(out)] == ["row-1", "row-4", *asked]
+    assert [line["text"] for line in lines_of(out)][:2] == ["mine", "mine"]
+    monkeypatch.setattr(generate_command.Plan, "generator", None)  # not needed any more
+    assert ask(*words) == 0
+
+
+def test_a_signal_ends_after_the_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A batch lost at SIGTERM, or a job that its scheduler takes for a finished one."""
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    words = ("data=rows.jsonl", "batch=3", *DRAWN)
+    assert ask(*words, f"out={whole}") == 0
+    batch = Generator.batch
+
+    def stopped(self: Generator, samples: Sequence[Sample], number: int = 0) -> list[Rollout]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return batch(self, samples, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Generator, "batch", stopped)
+        assert ask(*words, f"out={out}") == 143
+    assert len(lines_of(out)) == 3
+    assert "stopped by SIGTERM: 3 rows answered" in capsys.readouterr().err
+    assert ask(*words, f"out={out}", "resume=auto") == 0
+    assert out.read_text() == whole.read_text()
+
+
+def test_other_columns_and_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows of one's own that have to be rewritten before they can be asked."""
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["problem", "a", "b", "answer"], ["x?", "p0.png", "p1.png", "[1]"]])
+    for name in ("p0.png", "p1.png"):
+        (tmp_path / name).write_bytes(Path(name).read_bytes())
+    out = tmp_path / "out.jsonl"
+    words = (f"data={tmp_path / 'rows.csv'}", f"out={out}", "max_tokens=2", "columns.question=problem")
+    assert ask(*words, "columns.images=a,b") == 0
+    assert ask(*words, "columns.images=null", "resume=auto") == 0  # nothing to do
+    (line,) = lines_of(out)
+    assert (line["id"], line["question"]) == ("rows.csv:2", "x?")
+    assert "kept 1 of 1 rows" in capsys.readouterr().err
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"question": "y?"}\n{"question": ""}\n')
+    words = (f"data={text}", f"out={tmp_path / 'o.jsonl'}", "max_tokens=2", "columns.images=null")
+    assert ask(*words) == 2
+    assert "Too many bad rows, max_bad=0.05 allows 0" in capsys.readouterr().err
+    assert ask(*words, "max_bad=0.5") == 0
+    assert "1 skipped: empty question 1 (text.jsonl:2)" in capsys.readouterr().err
+    assert [line["id"] for line in lines_of(tmp_path / "o.jsonl")] == ["text.jsonl:1"]
+
+
+def test_a_file_that_answers_other_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Answers of two data sets mixed because both count their rows from 0; a user's file cut or kept on."""
+    out = tmp_path / "out.jsonl"
+    words = ("data=rows.jsonl", f"out={out}", "max_tokens=2")
+    assert ask(*words, "max_rows=1") == 0  # for its card
+    out.write_text('{"id": "row-3", "question": "Another?", "text": "a"}\n')
+    assert ask(*words, "resume=auto") == 2
+    assert "answers another question under the id 'row-3'" in capsys.readouterr().err
+    assert ask(*words) == 2
+    assert "is there already, with 1 lines. Go on with it by resume=auto" in capsys.readouterr().err
+    for text in ("my notes\nand more", '["id"]\n', '{"id": 1}\n'):
+        out.write_text(text)
+        assert ask(*words, "resume=auto") == 2
+        assert "out.jsonl:1 is no answer of generate" in capsys.readouterr().err
+        assert out.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["model=tiny"], r"model '\w{16}' → '\w{16}', reattention 'VisualCopy' → 'Implicit'. Give"),
+        (
+            ["reattention.limit=1"],
+            r"other settings: reattention.limit None → 1\. Give the old ones, or another",
+        ),
+        (["instruction=none"], "instruction.text 'Look twice.' → ''"),
+        (
+            ["temperature=0.5"],
+            r"batch \(not given\) → 16, sampling.temperature 0.0 → 0.5, seed \(not given\) → 0",
+        ),
+        (["max_tokens=3"], "other settings: sampling.max_tokens 2 → 3. Give"),
+        (["max_pixels=9000"], r"other settings: max_pixels \(not given\) → 9000"),
+        (["seed=3", "batch=2", "max_rows=3"], ""),  # change no greedy answer
+    ],
+)
+def test_answers_of_two_kinds_do_not_share_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], says: str
+) -> None:
+    """A file half of which is another model's, with nothing in it that tells."""
+    out = tmp_path / "out.jsonl"
+    base = {"model": "run/model", "data": "rows.jsonl", "max_tokens": "2", "max_rows": "2", "device": "cpu"}
+
+    def again(*more: str) -> int:
+        given = base | dict(word.split("=", 1) for word in more)
+        return main(["generate", f"out={out}", *(f"{key}={value}" for key, value in given.items())])
+
+    assert again() == 0
+    before = out.read_text()
+    capsys.readouterr()
+    assert again("resume=auto", *words) == (2 if says else 0)
+    assert re.search(says, capsys.readouterr().err)
+    if says:
+        assert out.read_text() == before
+
+
+def test_a_moved_model_goes_on_and_a_file_without_card_does_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same model under another name refused; answers of nobody knows what gone on with."""
+    out = tmp_path / "out.jsonl"
+    words = ("data=rows.jsonl", f"out={out}", "max_tokens=2", "device=cpu")
+    assert main(["generate", "model=run/model", *words, "max_rows=2"]) == 0
+    moved = shutil.copytree("run/model", tmp_path / "moved")
+    assert main(["generate", f"model={moved}", *words, "resume=auto"]) == 0
+    assert len(lines_of(out)) == 7
+    card_file(out).write_text("[]")
+    assert main(["generate", "model=run/model", *words, "resume=auto"]) == 2
+    assert "out.jsonl.card.json is no JSON object" in capsys.readouterr().err
+    card_file(out).unlink()
+    assert main(["generate", "model=run/model", *words, "resume=auto"]) == 2
+    assert "has no out.jsonl.card.json beside it" in capsys.readouterr().err
+
+
+def test_an_image_that_goes_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One file that is deleted while hours of answers are made must cost its row only."""
+    for i in range(3):
+        noise_image(i).save(tmp_path / f"p{i}.png")
+    rows = [{"id": i, "question": "?", "images": [f"p{i}.png"]} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make = generate_command.Plan.generator
+
+    def late(self: generate_command.Plan) -> Generator:
+        (tmp_path / "p2.png").unlink()
+        return make(self)
+
+    monkeypatch.setattr(generate_command.Plan, "generator", late)
+    out = tmp_path / "out.jsonl"
+    assert ask(f"data={tmp_path / 'rows.jsonl'}", f"out={out}", "max_tokens=2", "batch=2") == 0
+    assert [line["id"] for line in lines_of(out)] == ["0", "1"]
+    err = capsys.readouterr().err
+    assert "warning: row left out: rows.jsonl:3: Image 'p2.png' does not exist" in err
+    assert "has 2 of 3 rows" in err
+
+
+# -- mistakes -------------------------------------------------------------------------------------
+
+ONE_OK = ("image=p0.png", "question=a")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["question=a"], "generate needs model=PATH: tiny, a folder or a hub name."),
+        (["model=tiny"], 'generate needs question="…" and image=FILE, or data=ROWS out=ANSWERS.'),
+        (["mdoel=tiny", "question=a"], "generate has no key 'mdoel'. Did you mean model?"),
+        (["model=tiny", "question=a", "zzz=1"], "generate has no key 'zzz'. It knows model, "),
+        (["model=tiny", "what is it"], "'what is it' is no key=value; quote what has spaces"),
+        (["model=tiny", "--question"], "'--question' is no key=value; there are no dashes"),
+        (["model=tiny", "model=tiny", "question=a"], "model is given twice: 'tiny' and 'tiny'"),
+        (["model=", "question=a"], "model is empty. Give model=VALUE, or leave it out."),
+        (["model=tiny", "question= "], "question is empty, and there is no image."),
+        (["model=tiny", "image=no.png"], "Image 'no.png' does not exist. Check the path; it is taken from"),
+        (["model=tiny", "image=p0.png,no.png"], "Image 'no.png' does not exist"),
+        (["model=tiny", "image=rows.jsonl"], "Image 'rows.jsonl' is not an image"),
+        (["model=run", *ONE_OK], "model=run is a run's folder. Its model is model=run/model."),
+        (["model=run/modle", *ONE_OK], "model=run/modle does not exist: run is there, modle is not in it."),
+        (["model=nope", *ONE_OK], "model=nope: No model folder at 'nope'."),
+        (["model=.", *ONE_OK], "model=. cannot be loaded: Unrecognized model"),
+        (["model=no-one/nothing", *ONE_OK], "model=no-one/nothing cannot be loaded: "),
+        (["model=tiny", *ONE_OK, "question=b"], "question is given twice: 'a' and 'b'"),
+        (["model=tiny", *ONE_OK, "image=p1.png", "question=<image>"], "question is given twice"),
+        (["model=tiny", "image=p0.png", "question=<image><image>"], "says <image> 2 times, but there are 1"),
+        (["model=tiny", *ONE_OK, "data=rows.jsonl"], "image and data are both given."),
+        (["model=tiny", *ONE_OK, "batch=3"], "batch belongs to a file of rows. Add data=ROWS"),
+        (["model=tiny", "data=rows.jsonl"], "data needs out=FILE: where the answers go"),
+        (["model=tiny", "data=no.jsonl", "out=o.jsonl"], "'no.jsonl' is not a file."),
+        (["model=tiny", "data=rows.jsonl", "out=p0.png/o"], "out='p0.png/o' cannot be written: "),
+        (["model=tiny", "data=rows.jsonl", "out=o", "batch=0"], "batch is 0. It must be at least 1."),
+        (["model=tiny", "data=rows.jsonl", "out=o", "resume=yes"], "resume is 'yes'. It must be auto or nev"),
+        (["model=tiny", "data=rows.jsonl", "out=o", "max_bad=2"], "max_bad is 2.0. It is a share"),
+        (["model=tiny", "data=rows.jsonl", "out=o", "max_rows=0"], "max_rows is 0. It must be at least 1."),
+        (["model=tiny", "data=rows.jsonl", "out=o", "columns.images=pic"], "No row has a column 'pic'"),
+        (["model=tiny", "data=rows.jsonl", "out=rows.jsonl", "resume=auto"], "rows.jsonl:1 is no answer of"),
+        (["model=tiny", *ONE_OK, "reattention=cpy"], "must be implicit, copy, route. Did you mean copy?"),
+        (["model=tiny", *ONE_OK, "reattention.m=5"], "reattention.m is no setting of Implicit, because the"),
+        (
+            ["model=tiny", *ONE_OK, "reattention=copy", "reattention.m=5"],
+            "reattention.m is no setting of VisualCopy, as given. It has trigger, place, images",
+        ),
+        (
+            ["model=tiny", *ONE_OK, "reattention=route", "reattention.triger=x"],
+            "Did you mean reattention.trigger?",
+        ),
+        (
+            ["model=run/model", *ONE_OK, "reattention.limt=1"],
+            "VisualCopy, as the model's config says. Did yo",
+        ),
+        (
+            ["model=tiny", *ONE_OK, "reattention=route", "reattention.m=half"],
+            "is 'half'. It must be a number",
+        ),
+        (["model=tiny", *ONE_OK, "reattention=route", "reattention.m=101"], "VisualRoute.m is 101.0. It is"),
+        (["model=tiny", *ONE_OK, "reattention=copy", "reattention.limit=-1"], "VisualCopy.limit is -1"),
+        (["model=tiny", *ONE_OK, "max_tokens=1.5"], "max_tokens is '1.5'. It must be a whole number."),
+        (["model=tiny", *ONE_OK, "temperature=-1"], "temperature is -1.0. It must be 0 (greedy) or more."),
+        (["model=tiny", *ONE_OK, "seed=-1"], "seed is -1. It must be 0 or more."),
+        (["model=tiny", *ONE_OK, "device=warp"], "device is 'warp', which cannot be used here ("),
+        (["model=tiny", *ONE_OK, "dtype=int8"], "dtype is 'int8'. It must be float32 or bfloat16 or float1"),
+        (["model=tiny", *ONE_OK, "instruction=boxd"], "Did you mean 'boxed'?"),
+        (["model=tiny", *ONE_OK, "instruction.place=front"], "It must be user or system."),
+    ],
+)
+def test_what_a_user_wrote_wrong_is_one_line_and_exit_code_2(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A traceback hides the one sentence that helps; a wrong word that is passed over is worse."""
+    assert main(["generate", *words]) == 2
+    out, err = capsys.readouterr()
+    last = err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert says in last
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_the_logger_is_left_as_it_was() -> None:
+    """A second command in one process printed every line twice."""
+    logger = logging.getLogger("reflectvlm")
+    before = (list(logger.handlers), logger.level, logger.propagate)
+    ask("question=a", "max_tokens=1")
+    assert (list(logger.handlers), logger.level, logger.propagate) == before
+
+
+# -- words and values -----------------------------------------------------------------------------
+
+
+def test_a_misspelt_key_is_told_at_once() -> None:
+    """Three seconds of imports before the sentence that a key is misspelt."""
+    code = (
+        "import sys; from reflectvlm.cli import main\n"
+        "main(['generate', 'x=1']); print('torch' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout == "False\n"
+
+
+def test_help_names_every_key() -> None:
+    """A key that help does not name is not found."""
+    for key in (*COMMON, *POLICY, *SAMPLING, *ONE, *FILE, *COLUMNS):
+        assert f"{key}=" in HELP
+
+
+@pytest.mark.parametrize(
+    ("text", "hint", "value"),
+    [
+        ("null", int | None, None),
+        ("3", int | None, 3),
+        ("0.5", float, 0.5),
+        ("3", str | None, "3"),
+        ("3", str | int, 3),
+        ("0,2", Sequence[int] | None, (0, 2)),
+        ("[ -1 ]", Sequence[int] | None, (-1,)),
+        ("null", str, "null"),
+    ],
+)
+def test_values_have_their_field_s_type(text: str, hint: Any, value: Any) -> None:
+    """A number that stays a text fails in the middle of an answer."""
+    found = value_of("key", text, hint)
+    assert (type(found), found) == (type(value), value)
+
+
+def test_described_names_what_is_unusual() -> None:
+    """A line that says VisualRoute and not that it keeps a quarter, or one that lists all defaults."""
+    assert described(VisualRoute(m=25, limit=1)) == "VisualRoute(m=25, limit=1)"
+    assert described(Implicit()) == "Implicit()"
+    assert described(Visual) == repr(Visual)
