@@ -13,7 +13,7 @@ import pytest
 
 from reflectvlm import __version__, config
 from reflectvlm.cli import main
-from reflectvlm.recipe_files import recipes
+from reflectvlm.recipe_files import pipelines, recipes
 from reflectvlm.stages import StageStopped
 from reflectvlm.train.run import RunResult
 
@@ -49,9 +49,10 @@ def test_recipes_needs_no_torch_and_is_quick() -> None:
 def test_recipes_lists_all_with_descriptions(capsys: pytest.CaptureFixture[str]) -> None:
     """A recipe that is not listed is not found."""
     assert main(["recipes"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines, chains = (part.splitlines() for part in capsys.readouterr().out.split("\n\n"))
     assert [line.split()[0] for line in lines] == list(recipes())
-    assert all(len(line.split()) > 3 for line in lines)
+    assert [line.split()[0] for line in chains[1:]] == list(pipelines())
+    assert all(len(line.split()) > 3 for line in (*lines, *chains))
 
 
 def test_show_prints_a_recipe_that_loads(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from reflectvlm.batch import Batch
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.objectives import ClippedSurrogate
 from reflectvlm.protocols import DecodeState, Reattention
-from reflectvlm.reattention import Implicit, VisualCopy, VisualRoute, top_percent
+from reflectvlm.reattention import Implicit, VisualCopy, VisualRoute, check_reattention, top_percent
 from reflectvlm.rollout.engine import InProcessEngine
 from reflectvlm.rollout.looking import looks
 from reflectvlm.rollout.placing import place_insertions
@@ -687,3 +687,59 @@ def test_forced_words_are_nobody_s_tokens() -> None:
     assert rollout.tokens_between(0, len(rollout.text)) == len(ids)
     with pytest.raises(ValueError, match=r"spells '<\|image_pad\|>', which stands for pixels or ends a turn"):
         told(policy, prompts(policy)[0], ids, VisualCopy(trigger=BACK, close="<|image_pad|>"))
+
+
+def test_a_stream_tells_blocks_where_they_stand() -> None:
+    """Forced text told before the block it stands behind."""
+    policy = exact()
+    prompt = prompts(policy)[0]
+    given = SamplingParams(max_tokens=16)
+    for reattention in (
+        VisualCopy(trigger=SPECIAL, close="<|box_end|>"),
+        VisualCopy(trigger=SPECIAL),
+        VisualCopy(trigger="a", close=" yes"),
+    ):
+        told_as = list(InProcessEngine(policy=policy).stream(prompt, given, reattention, seed=1))
+        rollout = told_as.pop()
+        assert isinstance(rollout, Rollout)
+        assert rollout.insertions
+        told_blocks, text = [], ""
+        for piece in told_as:
+            if isinstance(piece, str):
+                text += piece
+            else:
+                told_blocks.append((len(text), piece))
+        assert text == rollout.text
+        wanted, so_far = [], ()
+        for span in rollout.spans:
+            if isinstance(span, Text):
+                so_far += span.ids
+            else:
+                wanted.append((len(policy.decode(so_far)), span))
+        assert told_blocks == wanted
+
+
+@dataclasses.dataclass(frozen=True)
+class Bare:
+    """Returns a span where an `Insertion` is wanted."""
+
+    trigger: str = SPECIAL
+    probe: None = None
+
+    def __call__(self, state: DecodeState, /) -> Visual:
+        del state
+        return Visual(image=0)
+
+
+def test_what_is_no_reattention_is_refused() -> None:
+    """An AttributeError from the middle of a rollout, or a model that was trained without any."""
+    policy = exact()
+    with pytest.raises(ValueError, match=r"re-attention returned Visual\(.*Return Insertion\(before="):
+        generate(policy, prompts(policy)[:1], Bare())  # type: ignore[arg-type]
+    for wrong, message in (
+        ("copy", "has no trigger, probe"),
+        (VisualCopy, "is a class"),
+        (len, "has no trigger"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_reattention(wrong)

@@ -25,7 +25,17 @@ from reflectvlm import generate_command
 from reflectvlm.answer_card import card_file
 from reflectvlm.cli import HELP, main
 from reflectvlm.generate_command import Screen
-from reflectvlm.generate_options import COLUMNS, COMMON, FILE, ONE, POLICY, SAMPLING, described, value_of
+from reflectvlm.generate_options import (
+    COLUMNS,
+    COMMON,
+    FILE,
+    ONE,
+    POLICY,
+    SAMPLING,
+    Given,
+    described,
+    value_of,
+)
 from reflectvlm.generator import Generator
 from reflectvlm.models.carried import carry
 from reflectvlm.protocols import Reattention
@@ -69,9 +79,9 @@ def ask(*words: str) -> int:
 
 
 def shown(rollout: Rollout) -> str:
-    """The text without control characters, inserted blocks behind the tags that asked for them, and a
+    """The text without control characters, inserted blocks in front of the tags that asked for them, and a
     line end."""
-    label, count = f"{SPECIAL}[image 0: all 16 tokens]", len(rollout.insertions)
+    label, count = f"[image 0: all 16 tokens]{SPECIAL}", len(rollout.insertions)
     text = "".join(c for c in rollout.text if c in "\n\t" or unicodedata.category(c) != "Cc")
     return text.replace(SPECIAL, label, count) + "\n"
 
@@ -531,3 +541,18 @@ def test_described_names_what_is_unusual() -> None:
     assert described(VisualRoute(m=25, limit=1)) == "VisualRoute(m=25, limit=1)"
     assert described(Implicit()) == "Implicit()"
     assert described(Visual) == repr(Visual)
+
+
+def test_quotes_are_those_of_a_recipe() -> None:
+    """A trigger with its quotes never comes, and nothing was inserted without a word about it."""
+    words = [
+        "model='tiny'",
+        "image=a.png",
+        "reattention=copy",
+        "reattention.trigger='<back>'",
+        "question='so'",
+    ]
+    given = Given.read(words)
+    assert given.text("model") == "tiny"
+    assert given.text("reattention.trigger") == "<back>"
+    assert given.text("question") == "'so'"

@@ -232,7 +232,7 @@ def test_questions_that_cannot_be_asked(policy: QwenVL, images: Any, question: s
 def test_settings_that_are_no_settings(policy: QwenVL) -> None:
     """A name or a class in place of an object fails at the first trigger only, or never."""
     for wrong in ("copy", VisualCopy):
-        with pytest.raises(ValueError, match=r"reattention is .*\. Give an object, e\.g\. VisualCopy\(\)"):
+        with pytest.raises(ValueError, match=r"reattention is .*\. Give an object with trigger, probe"):
             Generator(policy, wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"instruction is 'boxed'\. Give an object"):
         Generator(policy, instruction="boxed")  # type: ignore[arg-type]

@@ -36,7 +36,8 @@ Values, after the recipe:
   "key='a, b = c'"      a text with commas, brackets or '=': two kinds of quotes
 
   recipe:key=value      change a key of a recipe that this one is made from, however deep; '*:key=value'
-                        changes it in all of those that have it, as does key=value for a pipeline
+                        changes it in it and all of those that have it, as does key=value for a pipeline:
+                        pipeline qwen_la steps=2 rows=8 held_out.data.size=8 is a first look at one
 
 Short names:
   resume=auto           go on with the run of this name where it stopped (output.resume)
@@ -116,7 +117,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _recipes(rest: list[str]) -> int:
-    from reflectvlm.recipe_files import recipes
+    from reflectvlm.recipe_files import pipelines, recipes, recipes_folder
 
     if rest:
         raise RecipeError(
@@ -125,6 +126,10 @@ def _recipes(rest: list[str]) -> int:
     found = recipes()
     width = max(map(len, found))
     for name, description in found.items():
+        print(f"{name:<{width}}  {description}")
+    chains = pipelines()
+    print(f"\nPipelines, made of recipes: `pipeline NAME` runs one of {recipes_folder() / 'pipelines'}")
+    for name, description in chains.items():
         print(f"{name:<{width}}  {description}")
     return 0
 

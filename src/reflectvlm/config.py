@@ -73,6 +73,7 @@ def compose(recipe: str, overrides: Sequence[str] = ()) -> Composed:
     """The recipe's values after overrides. Raises RecipeError for anything a user wrote wrong."""
     folder, name = find_recipe(recipe)
     own, told = _split(overrides, short_name(recipe))
+    own = [*taken(recipe, told.get(EVERY, ())), *own]  # what goes to every stage goes to the last one too
     long = [_long_name(override) for override in own]
     parsed = [_parse(override) for override in long]
     _check_choices(folder, parsed)

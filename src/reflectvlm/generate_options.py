@@ -51,6 +51,8 @@ class Given:
             _check_key(key)
             if key in values and key not in SEVERAL:
                 raise RecipeError(f"{key} is given twice: {values[key][0]!r} and {value!r}. Give it once.")
+            if key != "question" and len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+                value = value[1:-1]  # as a recipe's grammar has it
             if not value.strip() and key != "question":
                 raise RecipeError(f"{key} is empty. Give {key}=VALUE, or leave it out.")
             values[key] = (*values.get(key, ()), value)

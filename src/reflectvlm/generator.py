@@ -28,7 +28,7 @@ from reflectvlm.data.rows import IMAGE_MARKER
 from reflectvlm.models.carried import Carried, carried
 from reflectvlm.models.qwen_vl import QwenVL, load_policy
 from reflectvlm.protocols import Reattention, RolloutEngine
-from reflectvlm.reattention import Implicit
+from reflectvlm.reattention import Implicit, check_reattention
 from reflectvlm.rollout.engine import InProcessEngine
 from reflectvlm.types import Instruction, Prompt, Rollout, Sample, SamplingParams, Visual
 
@@ -71,8 +71,7 @@ class Generator:
                 object.__setattr__(self, "reattention", said.reattention or Implicit())
             if self.instruction is None:
                 object.__setattr__(self, "instruction", said.instruction or Instruction())
-        if isinstance(self.reattention, type) or not isinstance(self.reattention, Reattention):
-            raise _no_object("reattention", self.reattention, "VisualCopy()")
+        check_reattention(self.reattention)
         if not isinstance(self.instruction, Instruction):
             raise _no_object("instruction", self.instruction, "instruction('boxed')")
 

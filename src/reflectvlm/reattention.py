@@ -132,6 +132,17 @@ class VisualRoute:
         return AttentionProbe(layers=None if self.layers is None else tuple(self.layers), heads=self.heads)
 
 
+def check_reattention(given: object) -> None:
+    """Raises ValueError for what is no `Reattention`."""
+    lacks = [name for name in ("trigger", "probe", "__call__") if not hasattr(given, name)]
+    if isinstance(given, type) or lacks:
+        what = "is a class" if isinstance(given, type) else f"has no {', '.join(lacks)}"
+        raise ValueError(
+            f"reattention is {given!r}, which {what}. Give an object with trigger, probe and __call__, e.g. "
+            "VisualCopy(); in a recipe {_target_: reflectvlm.reattention.VisualCopy}."
+        )
+
+
 def top_percent(scores: Sequence[torch.Tensor], m: float) -> list[tuple[int, ...]]:
     """Numbers of the top `m` percent of all scores together, per tensor and ascending. Of equal scores
     the first wins."""

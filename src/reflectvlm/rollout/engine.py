@@ -31,6 +31,7 @@ from reflectvlm.rollout.placing import (
     AnswerState,
     Placed,
     answer_spans,
+    checked,
     end,
     special_id,
     tag_length,
@@ -79,23 +80,26 @@ class InProcessEngine:
     def stream(
         self, prompt: Prompt, sampling: SamplingParams, reattention: Reattention, *, seed: int = 0
     ) -> Iterator[str | Visual | Rollout]:
-        """One rollout as it comes: pieces of its text and inserted blocks, and at the end the rollout.
-
-        A block in front of a tag is told right after the tag, because only the tag asked for it.
-        """
+        """One rollout as it comes: pieces of its text and inserted blocks in their order, and at the end the
+        rollout. Of a tag of several tokens with a block in front, what came before its last token has been
+        told already when the block is."""
         decoding = self._decoding([prompt], 1, sampling, reattention, seed)
         shown, blocks = "", 0
         for rows in decoding.steps(1):
             if rows is None:
                 break
             spans = decoding.spans(rows, 0)
+            for place, block in [(at, span) for at, span in enumerate(spans) if isinstance(span, Visual)][
+                blocks:
+            ]:
+                before = self.policy.decode(text_ids(spans[:place]))
+                yield before[len(shown) :]
+                yield block
+                shown, blocks = max(shown, before, key=len), blocks + 1
             text = self.policy.decode(text_ids(spans))
             if not text.endswith("\ufffd"):  # else a character of several tokens is not complete yet
                 yield text[len(shown) :]
                 shown = text
-            inserted = [span for span in spans if isinstance(span, Visual)]
-            yield from inserted[blocks:]
-            blocks = len(inserted)
         rollout = decoding.done[0]
         yield rollout.text[len(shown) :]
         yield rollout
@@ -349,7 +353,7 @@ class _Decoding:
             length = 1 if special else tag_length(self.policy, sampled, str(self.reattention.trigger))
             if count - length < end(made):  # it shares a token with a tag that has a block already
                 continue
-            if not (insertion := self.reattention(state)):
+            if not (insertion := checked(self.reattention(state))):
                 continue
             made.append(Placed(start=count - length, stop=count, insertion=insertion))
             found[row] = made[-1]

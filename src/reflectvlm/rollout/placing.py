@@ -89,6 +89,16 @@ def answer_spans(ids: Sequence[int], logprobs: Sequence[float], placed: Sequence
     return tuple(spans)
 
 
+def checked(given: object) -> Insertion | None:
+    """What a re-attention has returned. Raises ValueError if that is no `Insertion`."""
+    if given is None or isinstance(given, Insertion):
+        return given or None
+    raise ValueError(
+        f"A re-attention returned {given!r}. Return Insertion(before=…) or Insertion(after=…) with spans "
+        "such as (Visual(image=0),), or None for nothing."
+    )
+
+
 def text_ids(spans: Spans) -> tuple[int, ...]:
     """Ids of all text spans: sampled and forced ones."""
     return tuple(i for span in spans if isinstance(span, Text) for i in span.ids)
@@ -177,7 +187,7 @@ def place_insertions(
                 policy=policy,
                 look=look,
             )
-            if insertion := reattention(state):
+            if insertion := checked(reattention(state)):
                 placed[i].append(Placed(start=start, stop=stop, insertion=insertion))
             done[i] = stop
     return placed

@@ -18,7 +18,7 @@ import numpy as np
 from reflectvlm.data.rows import BadRow
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.protocols import Reattention, RolloutEngine
-from reflectvlm.reattention import Implicit
+from reflectvlm.reattention import Implicit, check_reattention
 from reflectvlm.rewards.rubric import Rubric
 from reflectvlm.rollout.engine import InProcessEngine
 from reflectvlm.train.cursor import row_at
@@ -72,6 +72,7 @@ class Distiller:
     output: Output = field(default_factory=Output)
 
     def __post_init__(self) -> None:
+        check_reattention(self.reattention)
         if len(self.data) == 0:
             raise ValueError("data has no rows. Check its path and its filters.")
         for name in ("samples_per_row", "rows_per_batch", "max_prompt_tokens"):

@@ -23,7 +23,7 @@ from reflectvlm.models.carried import carry
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.objectives import ClippedSurrogate
 from reflectvlm.protocols import Advantage, Objective, Reattention, RolloutEngine
-from reflectvlm.reattention import Implicit
+from reflectvlm.reattention import Implicit, check_reattention
 from reflectvlm.rewards.rubric import Rubric
 from reflectvlm.rollout.engine import InProcessEngine
 from reflectvlm.train.cursor import row_at
@@ -112,6 +112,7 @@ class RLTrainer:
     """Steps up to now, in a row, in which no rollout was scored."""
 
     def __post_init__(self) -> None:
+        check_reattention(self.reattention)
         for name in (
             "steps",
             "group_size",

@@ -13,7 +13,7 @@ from reflectvlm.models.carried import carry
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.objectives import CrossEntropy
 from reflectvlm.protocols import Objective, Reattention, RolloutEngine
-from reflectvlm.reattention import Implicit
+from reflectvlm.reattention import Implicit, check_reattention
 from reflectvlm.rewards.rubric import Rubric
 from reflectvlm.rollout.engine import InProcessEngine
 from reflectvlm.rollout.placing import answer_spans, place_insertions, place_recorded
@@ -70,6 +70,7 @@ class SFTTrainer:
     """Ids of the rows of the current step, for reports."""
 
     def __post_init__(self) -> None:
+        check_reattention(self.reattention)
         for name in ("steps", "rows_per_step", "micro_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}. It must be at least 1.")
