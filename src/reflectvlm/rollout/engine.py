@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -404,28 +405,33 @@ class _Decoding:
             flatten(spans, prompt.grids, self.policy.vision, start=int(at))
             for (spans, _), prompt, at in zip(chunks, prompts, start.tolist(), strict=True)
         ]
-        counts = torch.tensor([len(row) for row in flat], device=self.device)
-        shape = (len(flat), int(counts.max()))
-        ids = torch.full(shape, self.policy.pad_id, device=self.device)
-        visual = torch.full(shape, -1, device=self.device)
-        positions = torch.zeros(3, *shape, dtype=torch.long, device=self.device)
+        lengths = [len(row) for row in flat]
+        shape = (len(flat), max(lengths))
+        ids = np.full(shape, self.policy.pad_id)
+        visual = np.full(shape, -1)
+        positions = np.zeros((3, *shape), dtype=np.int64)
         features: list[Tensor] = []
         total = 0
         for r, (row, (_, images)) in enumerate(zip(flat, chunks, strict=True)):
-            offsets = torch.tensor([0, *(len(image) for image in images)]).cumsum(0) + total
-            image, cell = torch.from_numpy(row.image), torch.from_numpy(row.cell)
-            ids[r, : len(row)] = torch.from_numpy(row.ids)
-            positions[:, r, : len(row)] = torch.from_numpy(row.positions)
-            visual[r, : len(row)] = torch.where(image < 0, image, offsets[image.clamp(min=0)] + cell)
+            first = np.cumsum([total, *(len(image) for image in images)])
+            ids[r, : len(row)], positions[:, r, : len(row)] = row.ids, row.positions
+            visual[r, : len(row)] = np.where(row.image < 0, -1, first[row.image] + row.cell)
             features += images
-            total = int(offsets[-1])
+            total = int(first[-1])
+        counts = torch.tensor(lengths, device=self.device)
         mask = self.cache.extend(where, counts)
         stacked = torch.cat(features) if features else self._no_features()
-        queries = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        for r, tokens in enumerate(asking):
-            queries[r, tokens.start : tokens.stop] = True
-        watch = self._attention_watch(queries) if asking else None
-        hidden = self._forward(ids, positions, visual, stacked, mask, watch)
+        watch = (
+            self._attention_watch(_marked(shape, asking, self.device)) if asking and self.watched else None
+        )
+        hidden = self._forward(
+            torch.from_numpy(ids).to(self.device),
+            torch.from_numpy(positions).to(self.device),
+            torch.from_numpy(visual).to(self.device),
+            stacked,
+            mask,
+            watch,
+        )
         self.cache.commit(where, counts)
         last = hidden[torch.arange(len(flat), device=self.device), counts - 1]
         following = torch.tensor([row.next_position for row in flat], device=self.device)
@@ -452,3 +458,11 @@ class _Decoding:
 
     def _no_features(self) -> Float[Tensor, "0 D"]:
         return self.policy.features(())
+
+
+def _marked(shape: tuple[int, int], tokens: Sequence[range], device: torch.device) -> Bool[Tensor, "R T"]:
+    """True at these tokens of each row."""
+    marked = torch.zeros(shape, dtype=torch.bool, device=device)
+    for row, places in enumerate(tokens):
+        marked[row, places.start : places.stop] = True
+    return marked
