@@ -6,7 +6,9 @@ the attention that the image gets.
 Every seed has its own cold start, BRPO run, distilled rows and SFT runs. Figures are greedy answers to the
 400 test pages, made of scans that no training step has seen. Attention: over the first 100 of them, the
 share of a sampled token's attention (mean over layers and heads) that lies on visual tokens, those of the
-prompt and those put in again, before, inside and after the reflections of an answer. Results go to
+prompt and those put in again, before, inside and after the reflections of an answer. Readings: over all
+pages, how often a digit that was read twice was right the first time, how often looking again repaired or
+spoiled it, and the accuracy of the answers whose last readings are all right. Results go to
 benchmarks/results/qwen_la.json and .md, with the machine.
 """
 
@@ -43,18 +45,54 @@ def run(seed: int, overrides: list[str], root: str) -> dict[str, Any]:
     rows = json.loads((result.folder / "summary.json").read_text())["rows"]
     models = {row["name"]: row["model"] for row in rows}
     figures = {name: asdict(one) for name, one in result.figures.items()}
-    return {"seed": seed, "figures": figures, "attention": {name: shares(models[name]) for name in SHARES}}
+    looked = {name: look(models[name]) for name in SHARES}
+    return {"seed": seed, "figures": figures} | {
+        part: {name: one[part] for name, one in looked.items()} for part in ("attention", "readings")
+    }
 
 
-def shares(model: str, pages: int = 100) -> dict[str, float | None]:
-    """Share of attention on visual tokens, per region of the answers, with the model's own re-attention."""
+def look(model: str, pages: int = 400) -> dict[str, dict[str, float | None]]:
+    """What a model's answers attend to and read, with its own re-attention."""
     from reflectvlm import Digits, Generator, SamplingParams
 
     generator = Generator.load(model, sampling=SamplingParams(max_tokens=128, temperature=0.0))
-    data = Digits(split="test", size=pages)
+    rollouts = list(generator.answers(Digits(split="test", size=pages), batch=64))
+    return {"attention": shares(generator.policy, rollouts[:100]), "readings": readings(rollouts)}
+
+
+def readings(rollouts: Any) -> dict[str, float | None]:
+    """First and last reading of every digit that an answer names at least twice."""
+    from reflectvlm import Accuracy
+    from reflectvlm.data.digit_mentions import mentions
+
+    pairs: list[tuple[bool, bool]] = []
+    seen_right: list[float] = []
+    for rollout, right in zip(rollouts, Accuracy(answer_from="CONCLUSION")(rollouts), strict=True):
+        digits = rollout.prompt.sample.columns["digits"]
+        named: dict[int, list[bool]] = {}
+        for place, digit in mentions(rollout.text):
+            truth = None if digits[place] is None else str(digits[place])
+            named.setdefault(place, []).append(digit == truth)
+        pairs += [(one[0], one[-1]) for one in named.values() if len(one) > 1]
+        if named and all(one[-1] for one in named.values()):
+            seen_right.append(right)
+
+    def share(of: list[bool]) -> float | None:
+        return sum(of) / len(of) if of else None
+
+    return {
+        "first right": share([first for first, _ in pairs]),
+        "repaired": share([last for first, last in pairs if not first]),
+        "spoiled": share([not last for first, last in pairs if first]),
+        "accuracy if read right": statistics.mean(seen_right) if seen_right else None,
+    }
+
+
+def shares(policy: Any, rollouts: Any) -> dict[str, float | None]:
+    """Share of attention on visual tokens, per region of the answers."""
     totals = {region: [0.0, 0] for region in REGIONS}
-    for rollout in generator.answers(data):
-        for region, (attention, tokens) in regions(generator.policy, rollout).items():
+    for rollout in rollouts:
+        for region, (attention, tokens) in regions(policy, rollout).items():
             totals[region][0] += attention
             totals[region][1] += tokens
     return {region: total / tokens if tokens else None for region, (total, tokens) in totals.items()}
@@ -114,6 +152,12 @@ def tables(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
     lines += ["| | before reflections | inside | after |", "|---|---:|---:|---:|"]
     for name in SHARES:
         cells = [spread([row["attention"][name][region] for row in rows]) for region in REGIONS]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", "Digits that an answer reads twice, before and inside of its reflection:", ""]
+    columns = list(rows[0]["readings"][SHARES[0]])
+    lines += ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    for name in SHARES:
+        cells = [spread([row["readings"][name][column] for row in rows]) for column in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
