@@ -21,16 +21,17 @@ $(READY): pyproject.toml constraints.txt
 train: $(READY)  ## both stages of Look-Back on real images (RECIPE=… ARGS=… for another)
 	$(BIN)/reflectvlm train recipe=$(or $(RECIPE),lookback_rl) $(ARGS)
 
-check: $(READY)  ## format, lint, types
+check: $(READY)  ## format, lint, types, known vulnerabilities (ARGS=--strict: none may go unaudited)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python tools/audit.py $(ARGS)
 
 test: $(READY)  ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-torture: $(READY)  ## long tests: kills at every write of a save, many times
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m torture -n 2
+torture: $(READY)  ## long tests: kills, resumes, a million fuzzed examples; writes benchmarks/results/torture.md
+	$(BIN)/python benchmarks/torture.py $(ARGS)
 
 bench: $(READY)  ## the learning benchmark over three seeds
 	$(BIN)/python benchmarks/learning.py --jobs 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -34,6 +35,10 @@ torch.set_num_threads(1)
 
 from fixtures import make_policy  # noqa: E402
 from reflectvlm.models.qwen_vl import QwenVL  # noqa: E402
+
+# Background jobs and nohup ignore these two, and so would the tests that send them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

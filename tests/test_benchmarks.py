@@ -11,7 +11,7 @@ import pytest
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
-@pytest.mark.parametrize("name", ["insertion", "qwen_la"])
+@pytest.mark.parametrize("name", ["insertion", "qwen_la", "torture"])
 def test_help_is_the_docstring_as_written(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

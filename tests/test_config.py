@@ -18,7 +18,7 @@ from reflectvlm.config import SHORT_NAMES, compose, load_recipe
 from reflectvlm.models.tiny import tiny_folder
 from reflectvlm.recipe_check import RecipeError
 from reflectvlm.recipe_files import find_recipe, recipes, recipes_folder
-from reflectvlm.rewards.isolation import shared_worker
+from reflectvlm.rewards.pool import shared_pool
 from reflectvlm.train.rl import RLTrainer
 from reflectvlm.train.run import RunResult
 from reflectvlm.train.sft import SFTTrainer
@@ -67,7 +67,7 @@ def test_choosing_a_policy_replaces_the_node_whole() -> None:
 
 def test_short_names_mean_keys_of_output() -> None:
     """`resume=auto` that lands at the top would be an unknown argument of the trainer."""
-    given = {"resume": "auto", "save_every": 3, "eval_every": 4, "root": "here", "keep": 7}
+    given = {"resume": "auto", "save_every": 3, "eval_every": 4, "root": "here", "keep": 7, "max_minutes": 9}
     assert set(given) == set(SHORT_NAMES)
     output = compose("grpo", [f"{key}={value}" for key, value in given.items()]).values["output"]
     assert given.items() <= output.items()
@@ -401,7 +401,7 @@ def test_the_recipe_of_the_contributing_page_builds(
     assert (scored.parts["short"], scored.parts["looks"]) == ((1.0,), (0.0,))
     assert scored.rewards == pytest.approx((0.1,))  # wrong and without the format: 0.1 for being short
     for name in ("short", "looks_twice"):
-        shared_worker(f"{tmp_path / 'my_rewards.py'}:{name}").close()
+        shared_pool(f"{tmp_path / 'my_rewards.py'}:{name}").close()
 
 
 def test_start_from_null_starts_from_the_policy_itself(tiny: Path) -> None:
@@ -500,6 +500,25 @@ def test_words_for_a_stage_reach_it_however_deep(chain: Path, tiny: Path) -> Non
     assert (recorded["optimizer"]["lr"], recorded["steps"]) == (0.5, 2)
 
 
+def test_words_for_all_reach_the_recipe_itself(chain: Path, tiny: Path) -> None:
+    """Bug: `*:…` with a key of the recipe alone was refused as a key that no stage has."""
+    # Only the last recipe reads rows, so only it knows data.max_bad.
+    trainer = learned(chain, tiny, "*:steps=2", "*:data.max_bad=0.25", "*:micro_rows=3")
+    assert (trainer.steps, trainer.micro_rows) == (2, 3)
+    with pytest.raises(RecipeError, match=r"^No stage has a key 'data.max_badd', nor has a recipe"):
+        learned(chain, tiny, "*:data.max_badd=0.25")
+
+
+def test_words_for_all_where_there_is_no_stage() -> None:
+    """Bug: a recipe without stages refused each of them."""
+    from reflectvlm.chain import Chain
+
+    Chain(told={"*": ["steps=2"]}).check(compose("grpo", ("*:steps=2",)))
+    assert compose("grpo", ("*:steps=2",)).values["steps"] == 2
+    with pytest.raises(RecipeError, match=r"^No stage has a key 'stepz', nor has a recipe that is run: grpo"):
+        Chain(told={"*": ["stepz=2"]}).check(compose("grpo", ("*:stepz=2",)))
+
+
 def test_a_composed_recipe_keeps_what_its_stages_are_told(chain: Path, tmp_path: Path) -> None:
     """The file in a run's folder must give the same run."""
     composed = compose(str(chain / "learn.yaml"), ("ask:rows=3",))
@@ -527,7 +546,11 @@ def test_a_composed_recipe_keeps_what_its_stages_are_told(chain: Path, tmp_path:
         ("ask", "start_from.recipe={folder}/loop.yaml", r"^stage loop: .*loop.yaml is made from itself"),
         ("learn", "data_from=null", r"^data.path has no value yet. Give it with data.path=…"),
         ("learn", "aks:rows=3", r"^aks:… is told to a stage, but the stages here are .*Did you mean 'ask'"),
-        ("learn", "*:stepz=3", r"^No stage has a key 'stepz'. They are ask, cold"),
+        (
+            "learn",
+            "*:stepz=3",
+            r"^No stage has a key 'stepz', nor has a recipe that is run: ask, cold",
+        ),
         ("learn", "ask:rows=zero", r"^stage ask: rows is 'zero'.*A stage is given a value by ask:key=…"),
         ("learn", "cold:steps=0", r"^stage cold: steps is 0"),
         ("learn", "cold:+stages={{a:['b=1']}}", r"^stage cold: stages has no effect in a stage"),

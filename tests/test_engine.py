@@ -15,9 +15,10 @@ import torch
 
 from fixtures import ShowAgain, favour, make_policy, make_prompt, score_batch, sequences_of
 from reflectvlm.batch import Batch
+from reflectvlm.interrupt import Abandoned, abandonable
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.protocols import DecodeState, Reattention
-from reflectvlm.reattention import Implicit
+from reflectvlm.reattention import Implicit, VisualRoute
 from reflectvlm.rollout.engine import InProcessEngine
 from reflectvlm.types import Insertion, Prompt, Rollout, SamplingParams, Text, Visual
 
@@ -287,26 +288,6 @@ def test_a_group_is_not_one_rollout_n_times(policy: QwenVL, prompts: list[Prompt
     assert ids_of(generate(policy, prompts, SamplingParams(max_tokens=10), n=4, seed=2)) != ids_of(groups)
 
 
-def test_reserved_ids_are_never_sampled(prompts: list[Prompt]) -> None:
-    """A policy that samples `<|image_pad|>` makes tokens and features disagree; the model is made to
-    want nothing else: with twenty times the weight, a reserved id has the largest logit."""
-    policy = make_policy()
-    reserved = list(policy.reserved_ids)
-    with torch.no_grad():
-        policy.model.lm_head.weight[reserved] *= 20
-        hidden = torch.randn(100, 128, generator=torch.Generator().manual_seed(0))
-        wanted = policy.model.lm_head(hidden).argmax(-1)
-    assert set(wanted.tolist()) <= set(reserved)
-    for temperature in (0.0, 1.0, 5.0):
-        groups = generate(
-            policy, prompts, SamplingParams(max_tokens=20, temperature=temperature), ShowAgain("a")
-        )
-        for rollout in (rollout for group in groups for rollout in group):
-            assert not set(rollout.sampled_ids) & set(reserved)
-            spans = [span for span in rollout.spans if isinstance(span, Text)]
-            assert all(torch.tensor(span.logprobs).isfinite().all() for span in spans)
-
-
 @pytest.mark.parametrize("max_rows", [2, 64])
 def test_every_prompts_images_are_encoded_once(policy: QwenVL, prompts: list[Prompt], max_rows: int) -> None:
     """Vision features are shared by the group and by inserted blocks."""
@@ -397,3 +378,39 @@ def test_impossible_sizes_are_refused(
     with pytest.raises(ValueError, match=message):
         generate(policy, prompts, SamplingParams(), **call)
     assert generate(policy, [], SamplingParams()) == []
+
+
+# -- given up half-way ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reattention", [Implicit(), VisualRoute(trigger="a", m=40)], ids=["plain", "route"])
+def test_a_call_given_up_leaves_nothing_behind(
+    policy: QwenVL, prompts: list[Prompt], reattention: Reattention
+) -> None:
+    """Bug: rows, cache or attention function of a rollout that a stop has cut short are in the next one."""
+    sampling = SamplingParams(max_tokens=6)
+    wanted = generate(policy, prompts, sampling, reattention, max_rows=6)
+    engine = InProcessEngine(policy=policy, max_rows=6)
+    asked = 0
+
+    def after(count: int) -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > count
+
+    given_up = 0
+    for count in range(1000):
+        asked = 0
+        with abandonable(lambda: after(count)):  # noqa: B023 - used before the next turn
+            try:
+                groups = engine.generate(prompts, 3, sampling, reattention, seed=1)
+            except Abandoned:
+                given_up += 1
+                continue
+        break
+    # Two admissions of two prompts each, and 6 tokens of each: asked before each prefill and each token.
+    assert given_up == 2 * (1 + 6)
+    assert asked == given_up
+    assert [[r.spans for r in group] for group in groups] == [[r.spans for r in group] for group in wanted]
+    assert torch.is_grad_enabled()
+    assert policy.model.model.language_model.config._attn_implementation == "sdpa"

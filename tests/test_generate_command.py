@@ -34,6 +34,7 @@ from reflectvlm.generate_options import (
     SAMPLING,
     Given,
     described,
+    sampling_of,
     value_of,
 )
 from reflectvlm.generator import Generator
@@ -265,17 +266,19 @@ def test_greedy_rows_are_not_answered_again(tmp_path: Path, monkeypatch: pytest.
     assert ask(*words) == 0
 
 
-def test_a_signal_ends_after_the_batch(
+def test_a_signal_gives_the_batch_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A batch lost at SIGTERM, or a job that its scheduler takes for a finished one."""
+    """A batch lost at SIGTERM, or a job that its scheduler takes for a finished one. The batch at hand is
+    given up and asked again."""
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     words = ("data=rows.jsonl", "batch=3", *DRAWN)
     assert ask(*words, f"out={whole}") == 0
     batch = Generator.batch
 
     def stopped(self: Generator, samples: Sequence[Sample], number: int = 0) -> list[Rollout]:
-        os.kill(os.getpid(), signal.SIGTERM)
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         return batch(self, samples, number)
 
     with monkeypatch.context() as patch:
@@ -465,6 +468,18 @@ ONE_OK = ("image=p0.png", "question=a")
         ),
         (["model=tiny", *ONE_OK, "reattention=route", "reattention.m=101"], "VisualRoute.m is 101.0. It is"),
         (["model=tiny", *ONE_OK, "reattention=copy", "reattention.limit=-1"], "VisualCopy.limit is -1"),
+        (
+            ["model=tiny", *ONE_OK, "reattention=copy", "reattention.trigger=null"],
+            "reattention.trigger is null, and VisualCopy needs one. To show no image again: reattention=im",
+        ),
+        (["model=' '", *ONE_OK], "model is empty. Give model=VALUE"),
+        (["model=tiny", *ONE_OK, "stop="], "stop is empty. Give stop=VALUE"),
+        (["model=tiny", *ONE_OK, "stop=a,,b"], "stop is 'a,,b'. It is one text, or several with commas"),
+        (["model=tiny", *ONE_OK, "stop=a,"], "stop is 'a,'. It is one text"),
+        (
+            ["model=tiny", *ONE_OK, "stop='a,b"],
+            "put a text with a comma, a quote or outer spaces in quotes",
+        ),
         (["model=tiny", *ONE_OK, "max_tokens=1.5"], "max_tokens is '1.5'. It must be a whole number."),
         (["model=tiny", *ONE_OK, "temperature=-1"], "temperature is -1.0. It must be 0 (greedy) or more."),
         (["model=tiny", *ONE_OK, "seed=-1"], "seed is -1. It must be 0 or more."),
@@ -556,3 +571,21 @@ def test_quotes_are_those_of_a_recipe() -> None:
     assert given.text("model") == "tiny"
     assert given.text("reattention.trigger") == "<back>"
     assert given.text("question") == "'so'"
+
+
+@pytest.mark.parametrize(
+    ("words", "stop"),
+    [
+        (["stop=END,DONE"], ("END", "DONE")),
+        (["stop= a b , c "], ("a b", "c")),
+        (["stop='a, b',c"], ("a, b", "c")),
+        (["stop='a, b'"], ("a, b",)),
+        (["stop=\"it's\",don't"], ("it's", "don't")),
+        (["stop='\n\n'", "stop=a,b"], ("\n\n", "a", "b")),
+        (["stop=</answer>"], ("</answer>",)),
+    ],
+)
+def test_stop_texts_are_a_list(words: list[str], stop: tuple[str, ...]) -> None:
+    """Bug: `stop=END,DONE` was one text that never comes."""
+    given = Given.read(["model=tiny", "question=a", *words])
+    assert tuple(sampling_of(given).stop) == stop

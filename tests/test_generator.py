@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-import reflectvlm.rollout.engine
+import reflectvlm.rollout.decoding
 from fixtures import favour, make_policy, make_sample, noise_image
 from reflectvlm.generator import GREEDY, Generator, read_images
 from reflectvlm.models.carried import carry
@@ -135,7 +135,7 @@ def test_characters_of_several_tokens_are_shown_whole(
     def next_id(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.tensor([next(left)]), logits.new_zeros(1)
 
-    monkeypatch.setattr(reflectvlm.rollout.engine, "draw", next_id)
+    monkeypatch.setattr(reflectvlm.rollout.decoding, "draw", next_id)
     copy = VisualCopy(trigger="<back>")
     shown = list(Generator(policy, copy, sampling=SamplingParams(max_tokens=99)).stream(PAGE, QUESTION))
     assert "".join(piece for piece in shown if isinstance(piece, str)) == said

@@ -8,9 +8,10 @@ import os
 import pickle
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,42 @@ def test_web_addresses(tmp_path: Path) -> None:
     refused("http://[bad", tmp_path, "unreachable image", "cannot be reached")
     refused("s3://bucket/x.png", tmp_path, "unsupported image", "scheme 's3'")
     refused("file:///etc/passwd", tmp_path, "unsupported image", "scheme 'file'")
+
+
+def test_a_server_that_never_ends_is_left(tmp_path: Path) -> None:
+    """A byte now and then keeps every single wait short, and the run waits for ever; and the half of a
+    picture that came before a connection broke is none."""
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            with suppress(OSError):  # the other side has gone
+                for _ in range(50 if "slow" in self.path else 1):
+                    self.wfile.write(b"x")
+                    time.sleep(0.1)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Slow)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        url, limits = f"http://127.0.0.1:{server.server_port}", ImageLimits(timeout=0.5)
+        began = time.monotonic()
+        refused(
+            f"{url}/slow.png", tmp_path, "unreachable image", r"cannot be reached \(TimeoutError\)", limits
+        )
+        assert time.monotonic() - began < 2
+        refused(
+            f"{url}/cut.png", tmp_path, "unreachable image", r"reached \(ConnectionAbortedError\)", limits
+        )
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def test_exif_rotation_is_applied(tmp_path: Path) -> None:

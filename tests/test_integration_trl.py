@@ -210,7 +210,7 @@ def test_a_trl_function_as_our_reward() -> None:
         log_metric("seen", 1.0)
         return [1.0 if text == gold else None for text, gold in zip(completions, solution, strict=True)]
 
-    reward = from_trl(partly)
+    reward = from_trl(partly, timeout=None)
     assert isinstance(reward, Reward)
     assert reward(two_rollouts()) == [1.0, None]
     assert seen["prompts"] == ["1 + 1?"] * 2

@@ -384,7 +384,7 @@ def test_the_table_shows_what_is_missing_as_missing() -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["seeed=1"], r"^No stage has a key 'seeed'. They are ask, cold, learn"),
+        (["seeed=1"], r"^No stage has a key 'seeed', nor has a recipe that is run: ask, cold, learn;"),
         (["colt:steps=2"], r"colt:… is told to a stage, but the stages here are .*Did you mean 'cold'\?"),
         (["cold:stepz=2"], r"no key 'stepz'"),
         (["ask:rows=abc"], r"^stage ask: rows is 'abc', but Distiller wants .* by ask:key="),

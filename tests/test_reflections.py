@@ -162,9 +162,9 @@ def test_console_and_table() -> None:
     assert "look" not in out.text.replace("looks back", "")
     console.metrics(2, LOOK_BACK | {"blocks/count": 1.5, "blocks/empty": 0.25})
     assert "looks per answer 1.5 | tokens per look 25.0 | empty looks 25.0%" in out.text
-    table = compare("t", LOOK_BACK, LOOK_BACK | {"blocks/count": 3.0}, {}).markdown
-    assert "| looks per answer | 1.0 | 3.0 | +2.0 |" in table
-    assert "| empty looks | 0.0% | 0.0% | +0.0 pp |" in table
+    table = compare("t", LOOK_BACK, LOOK_BACK | {"blocks/count": 3.0}, {}).rows
+    assert ("looks per answer", "1.0", "3.0", "+2.0") in table
+    assert ("empty looks", "0.0%", "0.0%", "+0.0 pp") in table
     assert "look" not in compare("t", LOOK_BACK, LOOK_BACK, {}).markdown.replace("looks back", "")
 
 

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +15,8 @@ from typing import Any
 import jaxtyping
 import pytest
 
-from reflectvlm.rewards import Custom, RewardError, per_rollout
-from reflectvlm.rewards.isolation import shared_worker
+from reflectvlm.rewards import Custom, RewardError, Rubric, per_rollout
+from reflectvlm.rewards.pool import shared_pool
 from reflectvlm.types import Prompt, Rollout, Sample, Text, Visual
 
 
@@ -45,7 +48,8 @@ def test_trl_signature_by_object() -> None:
         seen.update(columns, prompts=prompts, completions=completions, completion_ids=completion_ids)
         return [float(len(text)) for text in completions]
 
-    assert Custom(function=reward)([rollout(), rollout("xy", level=4)]) == [15.0, 2.0]
+    # Called here, so that the test can look at what it got.
+    assert Custom(function=reward, timeout=None)([rollout(), rollout("xy", level=4)]) == [15.0, 2.0]
     assert seen["completions"] == ["a<back>b</back>", "xy"]
     assert seen["prompts"] == ["What?", "What?"]
     assert seen["completion_ids"] == [[1, 2], [1, 2]]
@@ -101,22 +105,88 @@ def test_async_and_none() -> None:
 
 
 def test_object_that_hangs_or_leaves() -> None:
-    """The rubric must go on; the thread is a daemon and does not hold up the end of the run."""
+    """Bug: an object ran in a thread, which nothing can kill: a hang inside C stopped the whole run."""
     start = time.perf_counter()
-    with pytest.raises(RewardError, match=r"sleeper gave no answer in 0.1 s"):
-        Custom(function=sleeper, timeout=0.1)([rollout()])
-    assert time.perf_counter() - start < 1.0
+    with pytest.raises(RewardError, match=r"forever gave no answer in 0.3 s and was killed"):
+        Custom(function=forever(), timeout=0.3)([rollout()])
+    assert time.perf_counter() - start < 3.0
+    with pytest.raises(RewardError, match="SystemExit: 2"):
+        Custom(function=lambda texts: sys.exit(2))([rollout()])
     with pytest.raises(SystemExit):
-        Custom(function=lambda texts: exit_now())([rollout()])
+        Custom(function=lambda texts: sys.exit(2), timeout=None)([rollout()])
 
 
-def sleeper(texts: list[str]) -> list[float]:
-    time.sleep(1.0)
-    return [0.0 for _ in texts]
+def forever() -> Callable[..., Any]:
+    def forever(texts: list[str]) -> Any:
+        return 9**9**9**9
+
+    return forever
 
 
-def exit_now() -> None:
-    raise SystemExit(2)
+def test_an_object_travels_as_it_is() -> None:
+    """Bug: what a notebook defines cannot be imported by another process, closures and classes included."""
+    bonus = 2.0
+
+    class Counts:
+        def __init__(self, letter: str) -> None:
+            self.letter = letter
+
+        def __call__(self, texts: list[str]) -> list[float]:
+            return [bonus + text.count(self.letter) for text in texts]
+
+    assert Custom(function=Counts("b"))([rollout("abba")]) == [4.0]
+
+
+def test_what_an_object_changes_stays_in_its_process() -> None:
+    """A reward that mutates its input must not change the row that trains."""
+    columns = {"marks": [1, 2]}
+    sample = Sample(id="s", question="?", answer="5", columns=columns)
+    one = Rollout(prompt=Prompt(sample=sample, spans=()), spans=(), text="x", stop="eos")
+
+    def spoils(marks: list[list[int]], group: Any) -> list[float]:
+        marks[0].clear()
+        group[0].prompt.sample.columns["marks"] = "gone"
+        return [1.0]
+
+    assert Custom(function=spoils)([one]) == [1.0]
+    assert columns == {"marks": [1, 2]}
+
+
+def test_an_object_that_cannot_travel_is_refused_at_once() -> None:
+    """Bug: it would fail on every row, or run in a thread without being asked."""
+    lock = threading.Lock()
+
+    def holds(texts: list[str]) -> list[float]:
+        with lock:
+            return [1.0 for _ in texts]
+
+    with pytest.raises(ValueError, match=r"holds cannot be sent to a process.*lock.*pass timeout=None"):
+        Custom(function=holds)
+    assert Custom(function=holds, timeout=None)([rollout()]) == [1.0]
+
+
+def test_processes_end_with_the_reward() -> None:
+    """Bug: a notebook that makes a reward anew in every cell keeps a process of each."""
+    reward = Custom(function=lambda texts: [1.0 for _ in texts], workers=2)
+    assert reward.many([[rollout()], [rollout()]]) == [[1.0], [1.0]]
+    pids = reward._pool.pids if reward._pool else ()
+    assert len(pids) == 2
+    del reward
+    gc.collect()
+    assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
+
+
+def test_rowwise_costs_one_row() -> None:
+    """Bug: a TRL-style function that fails on one text takes the whole group with it."""
+
+    def reads(texts: list[str]) -> list[float]:
+        return [1 / int(text) for text in texts]
+
+    rollouts = [rollout("0"), rollout("2")]
+    rubric = Rubric(rewards={"x": Custom(function=reads, rowwise=True)}, weights={"x": 1.0})
+    assert rubric(rollouts).scored == (False, True)
+    rubric = Rubric(rewards={"x": Custom(function=reads)}, weights={"x": 1.0})
+    assert rubric(rollouts).scored == (False, False)
 
 
 @pytest.fixture
@@ -146,7 +216,7 @@ def test_by_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Custom(function=f"{file}:some")([rollout("ab"), rollout("b")]) == [1.5, None]
     assert Custom(function=f"{file}:spans_too")([rollout()]) == [3.0]
     for name in ("plain", "some", "spans_too"):
-        shared_worker(f"{file}:{name}").close()
+        shared_pool(f"{file}:{name}").close()
 
 
 def test_by_file_failures(file: Path) -> None:
@@ -155,7 +225,7 @@ def test_by_file_failures(file: Path) -> None:
         Custom(function=f"{file}:hang", timeout=0.3)([rollout()])
     with pytest.raises(ValueError, match=r"asks for 'rollout',.*Offered: .*texts.*needs @per_rollout"):
         Custom(function=f"{file}:needs_one")([rollout()])
-    shared_worker(f"{file}:needs_one").close()
+    shared_pool(f"{file}:needs_one").close()
 
 
 def test_our_own_forms_by_file(tmp_path: Path) -> None:
@@ -172,7 +242,7 @@ def test_our_own_forms_by_file(tmp_path: Path) -> None:
     # Two rollouts, and an answer of one character.
     assert Custom(function=f"{path}:whole")(rollouts) == [3, 3]
     for name in ("looks", "whole"):
-        shared_worker(f"{path}:{name}").close()
+        shared_pool(f"{path}:{name}").close()
     assert Custom(function=per_rollout(lambda one: float(len(one.text))))([rollout("abc")]) == [3.0]
 
 
@@ -180,7 +250,7 @@ def test_by_dotted_name(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker must see the trainer's import path."""
     monkeypatch.syspath_prepend(str(file.parent))
     assert Custom(function="my_rewards.plain")([rollout("ab")]) == [105.0]
-    shared_worker("my_rewards.plain").close()
+    shared_pool("my_rewards.plain").close()
 
 
 def test_what_cannot_be_found_is_told_at_once(file: Path) -> None:
@@ -193,7 +263,7 @@ def test_what_cannot_be_found_is_told_at_once(file: Path) -> None:
         Custom(function=f"{file}:plian")
     with pytest.raises(ValueError, match=r"has no 'zzz'; it has hang, needs_group, "):
         Custom(function=f"{file}:zzz")
-    assert shared_worker(f"{file}:zzz").pid is None
+    assert shared_pool(f"{file}:zzz").pids == ()
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,30 @@ def leave_a_child(path):
 def eat(): return len(bytearray(2 * 2**30))
 def modules(): return sorted(name for name in sys.modules if name in ("torch", "reflectvlm", "numpy"))
 def exact(b, a=1, *, c=2, **rest): return 0
+def flood():
+    for _ in range(300): print("x" * 10_000)
+    return 1
+def daemon(path):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            open(path, "w").write(str(os.getpid()))
+            time.sleep(60)
+        os._exit(0)
+    os.wait()
+    time.sleep(60)
+def close_requests():
+    os.closerange(3, 64)
+def close_one(): os.close(3); return 1  # the pipe that the next request comes through
+def rude():
+    class Rude(Exception):
+        def __str__(self): raise ValueError("no text")
+    raise Rude()
+def bomb():
+    import threading
+    threading.Timer(0.05, os._exit, (9,)).start()
+    return 1
+def core(): import resource; return resource.getrlimit(resource.RLIMIT_CORE)
 class Array:
     def tolist(self): return [1.0, 2.0]
 def array(): return Array()
@@ -142,6 +166,51 @@ def test_a_forked_copy_does_not_answer_twice(worker: Worker, path: str) -> None:
     worker.call(f"{path}:fork_and_return", {}, 5.0)
     time.sleep(0.1)
     assert [worker.call(f"{path}:add", {"a": i, "b": 0}, 5.0) for i in range(3)] == [0, 1, 2]
+
+
+def test_a_daemon_does_not_outlive_its_reward(worker: Worker, path: str, tmp_path: Path) -> None:
+    """Bug: what left the process group by `setsid` goes on for ever after the time-out."""
+    error = worker.call(f"{path}:daemon", {"path": str(tmp_path / "pid")}, 1.0)
+    assert isinstance(error, RewardError)
+    assert error.kind == "timeout"
+    assert gone(int((tmp_path / "pid").read_text()))
+
+
+def test_what_is_printed_is_passed_on_and_bounded(
+    worker: Worker, path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bug: 3 MB of prints a call fill the log, or the pipe, and then the reward hangs."""
+    assert worker.call(f"{path}:talk", {}, 5.0) == 5
+    assert "noise on stdout" in capsys.readouterr().err
+    assert worker.call(f"{path}:flood", {}, 20.0) == 1
+    said = capsys.readouterr().err
+    assert 10_000 < len(said) < 200_000
+    assert "is dropped" in said
+
+
+def test_a_death_between_two_calls_costs_no_call(worker: Worker, path: str) -> None:
+    """Bug: a reward's leftover ends the process, and the next row, which is sound, is unscored."""
+    for start in (1, 2, 3):
+        assert worker.call(f"{path}:bomb", {}, 5.0) == 1
+        assert worker.starts == start
+        time.sleep(0.3)
+    for _ in range(10):
+        assert worker.call(f"{path}:close_one", {}, 5.0) == 1
+        assert worker.call(f"{path}:add", {"a": 1, "b": 2}, 5.0) == 3  # at once: it is only just dying
+    assert worker.call(f"{path}:close_requests", {}, 5.0).kind == "crash"
+    assert worker.call(f"{path}:add", {"a": 1, "b": 2}, 5.0) == 3
+
+
+def test_an_exception_that_cannot_be_printed(worker: Worker, path: str) -> None:
+    """Bug: an exception class whose text raises takes the process down with it."""
+    error = worker.call(f"{path}:rude", {}, 5.0)
+    assert isinstance(error, RewardError)
+    assert (error.kind, worker.starts) == ("error", 1)
+
+
+def test_a_crash_leaves_no_core_file(worker: Worker, path: str) -> None:
+    """Bug: a reward that crashes at every row fills the disk with cores."""
+    assert worker.call(f"{path}:core", {}, 5.0) == [0, 0]
 
 
 def test_memory_limit(path: str) -> None:

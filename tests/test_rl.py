@@ -75,13 +75,13 @@ def test_a_run_in_which_nothing_is_scored_stops(tmp_path: Path) -> None:
     def broken(_: Rollout) -> float:
         raise AttributeError("no such thing")
 
-    trainer = trainer_with(tmp_path, broken, steps=9, evaluation=None, test=None)
+    trainer = trainer_with(tmp_path, broken, steps=9, evaluation=None, test=None, output={"checks": False})
     with pytest.raises(
         RuntimeError, match=r"All rollouts of 3 steps in a row are unscored.*Repair the reward"
     ):
         trainer.run()
     # A run shorter than that must not end well either.
-    short = trainer_with(tmp_path, broken, steps=1, evaluation=None, test=None)
+    short = trainer_with(tmp_path, broken, steps=1, evaluation=None, test=None, output={"checks": False})
     with pytest.raises(RuntimeError, match=r"All rollouts of 1 step in a row"):
         short.run()
 
@@ -191,7 +191,7 @@ def test_ratio_is_one_before_the_first_update(tmp_path: Path) -> None:
 
 def test_nan_stops_with_the_batch_saved(tmp_path: Path) -> None:
     """Bug: training goes on with NaN weights, or stops with nothing to look at."""
-    trainer = small_rl(tmp_path, output={"canary": False}, test=None, evaluation=None)
+    trainer = small_rl(tmp_path, output={"checks": False}, test=None, evaluation=None)
     taken = trainer.step
 
     def poisoned(step: int) -> Any:

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from reflectvlm.train import run_folder
-from reflectvlm.train.run_folder import RunFolder, git_state
+from reflectvlm.train import lock as lock_file
+from reflectvlm.train.environment import git_state
+from reflectvlm.train.run_folder import RunFolder
 
 
 def make(root: Path, name: str = "a", **extra: Any) -> RunFolder:
@@ -151,7 +152,7 @@ def test_lock_of_a_living_process(tmp_path: Path) -> None:
     lock = tmp_path / "a" / "lock.json"
     assert lock.read_text() == ""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        born = run_folder._born(other.pid)
+        born = lock_file._born(other.pid)
         lock.write_text(json.dumps({"pid": other.pid, "host": socket.gethostname(), "born": born}))
         with pytest.raises(RuntimeError, match=rf"in use by process {other.pid} on .*delete {lock}"):
             make(tmp_path, resume="auto")
@@ -178,7 +179,7 @@ def test_a_broken_lock_is_free(tmp_path: Path, text: str) -> None:
 RACE = """
 import os, sys
 from pathlib import Path
-from reflectvlm.train.run_folder import _lock
+from reflectvlm.train.lock import lock as take
 
 lock, stale = Path(sys.argv[1]), sys.argv[2]
 for _ in range(20):
@@ -192,7 +193,7 @@ for _ in range(20):
         if children[-1] == 0:
             os.read(go, 1)
             try:
-                _lock(lock)
+                take(lock)
                 os.write(answer, b"+")
             except RuntimeError:
                 os.write(answer, b"-")

@@ -159,6 +159,25 @@ def test_a_record_says_which_trigger_was_shown() -> None:
     assert recorded(policy, answer_spans(ids, (), ()), None) == []
 
 
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_recorded_tags_may_share_a_token(place: str) -> None:
+    """Bug: of `<back><back>`, where `><` is one token, the first tag has a block and the record counts both;
+    placing it counted one and refused the row."""
+    policy = make_policy()
+    copied = VisualCopy(trigger="<back>", place=place)  # type: ignore[arg-type]
+    prompt = policy.prompt(rows()[0], Instruction())
+    ids = policy.answer("one<back><back>two")[0].ids
+    (placed,) = place_insertions(policy, [(prompt, ids)], copied)
+    spans = answer_spans(ids, (), placed)
+    record = recorded(policy, spans, "<back>")
+    assert record == [[[0, None]], []]
+    assert answer_spans(ids, (), place_recorded(policy, prompt, ids, copied, record)) == spans
+    (second,) = place_recorded(policy, prompt, ids, copied, [[], [[0, None]]])
+    assert second.start == placed[0].stop - 1
+    with pytest.raises(ValueError, match=r"at two '<back>' that share a token\. Record them again"):
+        place_recorded(policy, prompt, ids, copied, [[[0, None]], [[0, None]]])
+
+
 @pytest.mark.parametrize("micro_rows", [1, 2])
 def test_choices_do_not_depend_on_how_rows_are_split(tmp_path: Path, micro_rows: int) -> None:
     """micro_rows bounds the memory of ROUTE's pass as well, and changes no result."""

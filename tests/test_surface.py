@@ -99,6 +99,7 @@ CHOICES = {
 PROTOCOLS = {
     "Advantage": "__call__",
     "DecodeState": "attention ids insertions prompt sampled special text",
+    "Judge": "__call__",
     "Objective": "__call__",
     "Policy": "answer batch decode features module offsets prompt prompt_length reserved_ids save score",
     "Reattention": "__call__ probe trigger",
@@ -147,7 +148,7 @@ def test_recipes_choices_and_short_names() -> None:
     assert set(GROUPS) == set(CHOICES)
     for group, choices in CHOICES.items():
         assert sorted(file.stem for file in (recipes_folder() / group).glob("*.yaml")) == choices.split()
-    assert sorted(SHORT_NAMES) == ["eval_every", "keep", "resume", "root", "save_every"]
+    assert sorted(SHORT_NAMES) == ["eval_every", "keep", "max_minutes", "resume", "root", "save_every"]
 
 
 def test_version_is_the_package_s() -> None:

@@ -174,19 +174,37 @@ def test_a_failing_tracker_is_reported_once_and_dropped(
 ) -> None:
     """Prevents a dead dashboard from stopping a run, from flooding its log, or from hiding silently."""
     failing = Failing()
-    trackers = Trackers((failing, JsonLines(tmp_path)))
+    trackers = Trackers((failing, JsonLines(tmp_path)), patience=3)
     with caplog.at_level(logging.WARNING):
         trackers.start({})
-        for step in (1, 2):
+        for step in (1, 2, 3, 4):
             trackers.metrics(step, {"loss": 1.0})
-            trackers.rollouts(step, [group(1.0)])
         trackers.close()
-    assert failing.calls == ["start", "metrics", "close"]
+    assert failing.calls == ["start", "metrics", "metrics", "metrics", "close"]  # start works
     assert [record.message for record in caplog.records] == [
-        "Tracker Failing failed and is dropped; training goes on. no network"
+        "Tracker Failing failed; training goes on, and it is tried again. no network",
+        "Tracker Failing failed 3 times in a row and is dropped; training goes on. no network",
     ]
     assert "no network" in caplog.text
-    assert len(rows(tmp_path / "metrics.jsonl")) == 2
+    assert len(rows(tmp_path / "metrics.jsonl")) == 4
+
+
+def test_a_hiccup_of_a_tracker_costs_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Prevents a disk that was full for a moment, or a short cut of the network, from ending the log."""
+    own = JsonLines(tmp_path)
+    trackers = Trackers((own,), patience=2)
+    write = own.metrics
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with caplog.at_level(logging.WARNING):
+        for step in range(1, 7):
+            own.metrics = full if step % 2 else write  # type: ignore[method-assign]
+            trackers.metrics(step, {"loss": 1.0})
+    trackers.close()
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [2, 4, 6]
+    assert len(caplog.records) == 3
 
 
 def test_trackers_truncate_those_that_can(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from reflectvlm.models.loading import load_tokenizer
 from reflectvlm.models.qwen_vl import QwenVL, load_policy
 from reflectvlm.models.tiny import tiny_config, tiny_image_processor
 from reflectvlm.objectives import CrossEntropy
-from reflectvlm.train.checkpoint import optimizer_from_tensors, optimizer_to_tensors
 from reflectvlm.train.optim import AdamW
+from reflectvlm.train.packing import optimizer_from_tensors, optimizer_to_tensors
 from reflectvlm.train.runtime import Runtime
 from reflectvlm.train.update import Updater
 from reflectvlm.types import Instruction

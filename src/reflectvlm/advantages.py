@@ -20,6 +20,10 @@ from torch import Tensor
 
 from reflectvlm.types import ScoredGroup
 
+LARGEST = 1e30
+"""Largest reward: squares of larger ones leave the range of floats, and a deviation of infinity would
+make every advantage 0."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GroupMean:
@@ -65,6 +69,12 @@ class LeaveOneOut:
 
 def _over_scored(group: ScoredGroup, formula: Callable[[Tensor], Tensor]) -> Float[Tensor, " G"]:
     """`formula` of the scored rewards, which then are two or more, at their places; 0 elsewhere."""
+    if wrong := [reward for reward in group.rewards if not abs(reward) <= LARGEST]:
+        sample = group.rollouts[0].prompt.sample.id
+        raise ValueError(
+            f"A rollout of sample {sample!r} has the reward {wrong[0]}. It must lie between -{LARGEST:g} and "
+            f"{LARGEST:g}: scale or bound the reward, or lower its weight."
+        )
     advantages = torch.zeros(len(group.rewards), dtype=torch.float64)
     if group.has_signal:  # else exactly 0: the mean of equal floats need not equal them
         scored = torch.tensor(group.scored, dtype=torch.bool)

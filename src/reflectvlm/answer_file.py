@@ -32,6 +32,7 @@ from reflectvlm.data.images import ImageLimits
 from reflectvlm.data.rows import BadRow, Columns, read_row
 from reflectvlm.data.sources import pick
 from reflectvlm.generator import Generator
+from reflectvlm.interrupt import Abandoned, abandonable
 from reflectvlm.rollout.placing import recorded
 from reflectvlm.spans import count_tokens
 from reflectvlm.train.console import duration
@@ -141,13 +142,18 @@ def answer_rows(make: Callable[[], Generator], data: Dataset, file: AnswerFile, 
             if not missing:
                 continue
             generator = generator or make()
-            rollouts = generator.batch(samples if generator.sampling.temperature else missing, number)
+            try:
+                with abandonable(lambda: stop.requested):
+                    rollouts = generator.batch(samples if generator.sampling.temperature else missing, number)
+            except Abandoned:
+                signal = stop.reason
+                break  # these rows are asked again by the next start
             new = {sample.id for sample in missing}
             added = [rollout for rollout in rollouts if rollout.prompt.sample.id in new]
             file.add(generator, added)
             made += added
             if stop.requested:
-                signal = stop.signal_name
+                signal = stop.reason
                 break
             if time.monotonic() - told >= EVERY:
                 told = time.monotonic()

@@ -48,6 +48,8 @@ class Batch:
     num_sequences: float
     """Sequences of the whole update."""
     ref_logprobs: Float[Tensor, "B T"] | None = None
+    row_ids: tuple[str, ...] = ()
+    """Ids of the rows' samples, for reports."""
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -72,6 +74,7 @@ class Batch:
             old_logprobs=self.old_logprobs[rows, columns],
             advantages=self.advantages[rows],
             ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[rows, columns],
+            row_ids=self.row_ids[rows],
         )
 
     def split(self, size: int) -> Iterator[Batch]:

@@ -41,7 +41,8 @@ def build(composed: Composed) -> Runnable:
     Everything but the policy and rows of a stage is built first, so that a mistake is told before a
     model is loaded or a stage runs.
     """
-    chain = Chain(told=composed.values.get(STAGES) or {})
+    limit = (composed.values.get("output") or {}).get("max_minutes")
+    chain = Chain(told=composed.values.get(STAGES) or {}, max_minutes=limit)
     chain.check(composed)
     draft = draft_of(composed.values, slow=True)
     return completed(draft, chain.resolved(composed), record(composed.recipe, composed.values), composed)
@@ -61,6 +62,8 @@ class Chain:
     """The stages of one recipe or of several, each composed and looked for once."""
 
     told: Told
+    max_minutes: float | None = None
+    """Limit of the whole command, stages included."""
     _composed: dict[tuple[str, tuple[str, ...]], Composed] = field(default_factory=dict, init=False)
     _made: dict[tuple[str, tuple[str, ...]], Path] = field(default_factory=dict, init=False)
     _read: set[tuple[str, tuple[str, ...]]] = field(default_factory=set, init=False)
@@ -93,10 +96,10 @@ class Chain:
                 _check_rows_wanted(run.values)
                 draft_of(run.values, slow=False)
             found |= self._check_below(run, ())
-        self._check_told(found)
+        self._check_told(found, {run.recipe for run in runs})
 
-    def _check_told(self, found: set[str]) -> None:
-        """An override that reaches nobody is a misspelt one."""
+    def _check_told(self, found: set[str], runs: set[str]) -> None:
+        """An override that reaches nobody is a misspelt one. `found`: names of runs and stages."""
         for name in self.told:
             if name not in found and name != EVERY:
                 near = nearest(name, found)
@@ -105,9 +108,10 @@ class Chain:
                     f"{name}:… is told to a stage, but the stages here are {', '.join(sorted(found))}.{hint}"
                 )
         for override in self.told.get(EVERY, ()):
-            if not any(override in self._of_every(recipe) for recipe in self.recipes):
+            if not any(override in self._of_every(recipe) for recipe in self.recipes | runs):
                 raise RecipeError(
-                    f"No stage has a key {key_of(override)!r}. They are {', '.join(sorted(found))}; "
+                    f"No stage has a key {key_of(override)!r}, nor has a recipe that is run: "
+                    f"{', '.join(sorted(found))}; "
                     "`reflectvlm show recipe=…` shows the keys of one."
                 )
 
@@ -177,7 +181,7 @@ class Chain:
                 log.info("stage %s found in %s", short_name(recipe), folder)
             else:
                 self._read_data(above)
-                made = _run(stage, values, folder, find)
+                made = _run(stage, values, folder, find, self.max_minutes)
             self._made[key] = made
         return self._made[key]
 
@@ -193,7 +197,11 @@ class Chain:
 
 
 def _run(
-    stage: Composed, values: Mapping[str, Any], folder: Path, find: Callable[[Path], Path | None]
+    stage: Composed,
+    values: Mapping[str, Any],
+    folder: Path,
+    find: Callable[[Path], Path | None],
+    max_minutes: float | None,
 ) -> Path:
     """Runs a stage, or goes on with it, in its folder of the cache."""
     name = short_name(stage.recipe)
@@ -206,6 +214,7 @@ def _run(
         **(values.get("output") or {}),
         "root": str(folder.parent),
         "resume": "auto",
+        **({} if max_minutes is None else {"max_minutes": max_minutes}),
     }
     values = {**values, "name": folder.name, "variant": "", "output": output}
     result = completed(draft_of(values, slow=True), values, kept, stage).run()

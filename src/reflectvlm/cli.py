@@ -1,7 +1,7 @@
-"""The command line: `reflectvlm train | pipeline | generate | recipes | show`.
+"""The command line: `reflectvlm train | doctor | pipeline | generate | inspect | recipes | show`.
 
-Exit codes: 0 done; 2 what the user wrote is wrong; 1 the run failed; 143 and 130 after SIGTERM and
-Ctrl-C. Errors are one line on stderr; `REFLECTVLM_TRACEBACK=1` shows where they come from.
+Exit codes: 0 done; 2 what the user wrote is wrong; 1 the run failed; those of a stopped run are in
+`train/signals.py`. Errors are one line on stderr; `REFLECTVLM_TRACEBACK=1` shows where they come from.
 """
 
 from __future__ import annotations
@@ -24,9 +24,13 @@ reflectvlm: RL and SFT that teach a vision-language model to look at its image a
   reflectvlm train recipe=lookback_rl               run it; all that comes of it goes to runs/
   reflectvlm train recipe=lookback_rl steps=20 variant=solution optimizer.lr=2e-4
   reflectvlm train recipe=./mine.yaml               run a recipe of your own
+  reflectvlm doctor recipe=lookback_rl              look for what would go wrong in it, without training
   reflectvlm pipeline qwen_la                       a whole chain of recipes, and the table that compares
   reflectvlm generate model=runs/NAME/model image=page.png question="Which digit is upper left?"
   reflectvlm generate model=tiny data=rows.jsonl out=answers.jsonl
+  reflectvlm inspect runs/NAME                      how far a run came, which of its checkpoints are whole
+  reflectvlm inspect runs/NAME/nonfinite-step-12    the batch of a step that gave no finite loss; rows=20
+                        shows the text of so many rows, model=PATH makes it with that tokenizer
 
 Values, after the recipe:
   key=value             change a key that the recipe shows; dots go deeper: optimizer.lr=1e-5
@@ -41,6 +45,7 @@ Values, after the recipe:
 
 Short names:
   resume=auto           go on with the run of this name where it stopped (output.resume)
+  max_minutes=55        save and exit with code 75 before so many minutes are over, stages included
   save_every= eval_every= root= keep=
                         the keys of the same name under output
 
@@ -53,9 +58,10 @@ For generate:
   instruction=          a name, a .txt file, or none; instruction.place=system
   image=a.png,b.png     files or web addresses; also image= several times
   max_tokens= temperature= top_p= top_k= min_p= stop= seed=
-                        how tokens are drawn; by default the likeliest, at most 1024
-  device= dtype= min_pixels= max_pixels=
-                        where and how the model runs
+                        how tokens are drawn; by default the likeliest, at most 1024. Commas separate
+                        texts that stop: stop=END,DONE; one with a comma in quotes: stop="'a, b',c"
+  device= dtype= min_pixels= max_pixels= trust_remote_code=
+                        where and how the model runs, and whether code that comes with it may
   data= out= resume=auto
                         a file or folder of rows, gold answers not needed; one JSON line per row, and
                         what is in the file is not answered again
@@ -70,8 +76,9 @@ Recipes that start from another one (start_from), or take its rows (data_from), 
 and keep what it makes in $REFLECTVLM_CACHE, or ~/.cache/reflectvlm. start_from=null policy.path=… starts
 from a model of yours, data_from=null data.path=… takes your rows.
 
-Exit codes: 0 done, 1 the run failed, 2 something you wrote is wrong, 143 or 130 stopped by SIGTERM or
-Ctrl-C (saved; go on with resume=auto). REFLECTVLM_TRACEBACK=1 shows where an error comes from.
+Exit codes: 0 done, 1 the run failed, 2 something you wrote is wrong; 143, 130 or 129 stopped by SIGTERM,
+Ctrl-C or SIGHUP, 75 by max_minutes (saved; go on with resume=auto). REFLECTVLM_TRACEBACK=1 shows where an
+error comes from.
 """
 
 
@@ -102,8 +109,10 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
+        "doctor": _doctor,
         "pipeline": _pipeline,
         "generate": _generate,
+        "inspect": _inspect,
         "recipes": _recipes,
         "show": _show,
     }
@@ -152,8 +161,20 @@ def _train(rest: list[str]) -> int:
         _quiet_transformers()
         _share_cores()
         from reflectvlm.config import load_recipe
+        from reflectvlm.train.signals import one_command
 
-        return load_recipe(recipe, *overrides).run().exit_code
+        with one_command():
+            return load_recipe(recipe, *overrides).run().exit_code
+
+
+def _doctor(rest: list[str]) -> int:
+    recipe, overrides = _split("doctor", rest)
+    with _own_log_lines():
+        _quiet_transformers()
+        _share_cores()
+        from reflectvlm.doctor_command import doctor
+
+        return doctor(recipe, overrides)
 
 
 def _pipeline(rest: list[str]) -> int:
@@ -171,8 +192,10 @@ def _pipeline(rest: list[str]) -> int:
         _quiet_transformers()
         _share_cores()
         from reflectvlm.pipeline import run_pipeline
+        from reflectvlm.train.signals import one_command
 
-        return run_pipeline(names[0], *(word for word in rest if word != names[0])).exit_code
+        with one_command():
+            return run_pipeline(names[0], *(word for word in rest if word != names[0])).exit_code
 
 
 def _generate(rest: list[str]) -> int:
@@ -185,6 +208,14 @@ def _generate(rest: list[str]) -> int:
         from reflectvlm.generate_command import generate
 
         return generate(given)
+
+
+def _inspect(rest: list[str]) -> int:
+    with _own_log_lines():
+        _quiet_transformers()
+        from reflectvlm.inspect_command import inspect
+
+        return inspect(rest)
 
 
 def _split(command: str, rest: Sequence[str]) -> tuple[str, list[str]]:
@@ -235,8 +266,8 @@ def _quiet_transformers() -> None:
 
 
 def _share_cores() -> None:
-    """Threads that wait for each other sleep instead of spinning: beside any other busy process a step on
-    two cores otherwise takes ten times as long. Read when torch is imported; a user's own setting wins."""
+    """Threads that wait for each other sleep instead of spinning: beside any other busy process they take
+    its time and their own. Read when torch is imported; a user's own setting wins."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "0")
 

@@ -25,6 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from reflectvlm.no_secrets import check_no_secrets
 from reflectvlm.recipe_check import RecipeError, arguments, leaves, nearest
 from reflectvlm.recipe_files import find_recipe, recipes_folder
 
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
 GROUPS = ("policy", "data")
 """Nodes that are chosen whole: `policy=tiny` takes recipes/policy/tiny.yaml."""
 
-SHORT_NAMES = {name: f"output.{name}" for name in ("resume", "save_every", "eval_every", "root", "keep")}
+SHORT_NAMES = {
+    name: f"output.{name}" for name in ("resume", "save_every", "eval_every", "root", "keep", "max_minutes")
+}
 """Short names on the command line, and the keys they stand for."""
 
 OUTPUT = "reflectvlm.train.run.Output"
@@ -89,6 +92,7 @@ def compose(recipe: str, overrides: Sequence[str] = ()) -> Composed:
     assert isinstance(values, dict)
     if STAGES in values or told:
         values[STAGES] = _joined(values.get(STAGES), told)
+    check_no_secrets(values)  # type: ignore[arg-type]
     text = OmegaConf.to_yaml(OmegaConf.create(values))
     return Composed(recipe=recipe, overrides=tuple(overrides), values=values, yaml=text)  # type: ignore[arg-type]
 

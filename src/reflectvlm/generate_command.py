@@ -34,8 +34,9 @@ from reflectvlm.generate_options import (
 from reflectvlm.generator import Generator, is_address, read_images
 from reflectvlm.html import block_label
 from reflectvlm.models.carried import Carried, carried
-from reflectvlm.models.loading import find_model
+from reflectvlm.models.loading import find_model, load_config
 from reflectvlm.models.qwen_vl import load_policy
+from reflectvlm.models.trust import CodeRefused
 from reflectvlm.protocols import Reattention
 from reflectvlm.recipe_check import RecipeError
 from reflectvlm.train.console import colored
@@ -76,7 +77,7 @@ class Plan:
     def read(cls, given: Given) -> Plan:
         """Says which re-attention and instruction it is going to be, and why these."""
         path = os.path.expanduser(str(given.text("model")))
-        said = _carried(path)
+        said = _carried(path, given.value("trust_remote_code", bool, False))
         reattention, why = reattention_of(given, said.reattention)
         instruction, because = instruction_of(given, said.instruction)
         seed = given.value("seed", int, 0)
@@ -179,10 +180,8 @@ def _why(rollout: Rollout, sampling: SamplingParams) -> str:
 # -- from words to objects ------------------------------------------------------------------------
 
 
-def _carried(path: str) -> Carried:
+def _carried(path: str, trust_remote_code: bool) -> Carried:
     """What a model's config says of its use, without the weights."""
-    from transformers import AutoConfig
-
     folder = Path(path)
     if (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file():
         raise RecipeError(f"model={path} is a run's folder. Its model is model={folder / 'model'}.")
@@ -191,11 +190,13 @@ def _carried(path: str) -> Carried:
             f"model={path} does not exist: {folder.parent} is there, {folder.name} is not in it."
         )
     try:
-        source = find_model(path)
+        find_model(path)
     except FileNotFoundError as error:
         raise RecipeError(f"model={path}: {error}") from error
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = load_config(path, trust_remote_code=trust_remote_code)
+    except CodeRefused:
+        raise
     except (OSError, ValueError) as error:
         raise _no_model(path, error) from error
     return carried(config) or Carried()

@@ -2,11 +2,15 @@
 
 A recipe's grammar (`config.py`) would make a user quote every question twice; here a value is the text
 behind the first '='. Only what the words say is checked; images, rows and models check themselves.
+
+Quotes around a whole value are not part of it: `reattention.trigger='<back>'`. `stop` is a list, with commas
+between its texts and quotes around those that hold one: `stop=A,B` is two texts, `stop="'A, B',C"` too.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +23,7 @@ if TYPE_CHECKING:
     from reflectvlm.types import Instruction, SamplingParams
 
 COMMON = ("model", "reattention", "instruction", "instruction.place", "seed", "device")
-POLICY = ("dtype", "min_pixels", "max_pixels")
+POLICY = ("dtype", "min_pixels", "max_pixels", "trust_remote_code")
 SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "stop")
 ONE = ("image", "question")
 FILE = ("data", "out", "resume", "batch", "split", "root", "max_rows", "max_bad")
@@ -30,6 +34,8 @@ KINDS = {"implicit": "Implicit", "copy": "VisualCopy", "route": "VisualRoute"}
 """What `reattention=` says, and the classes of `reattention.py`."""
 
 _NULL = ("null", "none")
+_LISTED = re.compile(r"""\s*(?:'([^']+)'|"([^"]+)"|([^,'"\s](?:[^,]*[^,\s])?))\s*(,|\Z)""")
+"""One text of a list, in quotes of one kind or without, and the comma behind it."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +57,7 @@ class Given:
             _check_key(key)
             if key in values and key not in SEVERAL:
                 raise RecipeError(f"{key} is given twice: {values[key][0]!r} and {value!r}. Give it once.")
-            if key != "question" and len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
-                value = value[1:-1]  # as a recipe's grammar has it
-            if not value.strip() and key != "question":
-                raise RecipeError(f"{key} is empty. Give {key}=VALUE, or leave it out.")
-            values[key] = (*values.get(key, ()), value)
+            values[key] = (*values.get(key, ()), *_texts(key, value))
         given = cls(values)
         _check_together(given)
         return given
@@ -194,6 +196,10 @@ def _kind(name: str) -> str:
 def _setting(name: str, text: str, made: Any, whence: str) -> Any:
     key, owner = f"reattention.{name}", type(made).__name__
     hints = get_type_hints(type(made))
+    if hints.get(name) is str and text.lower() in _NULL:
+        raise RecipeError(
+            f"{key} is {text}, and {owner} needs one. To show no image again: reattention=implicit."
+        )
     if name in hints:
         return value_of(key, text, hints[name])
     if not hints:
@@ -204,6 +210,32 @@ def _setting(name: str, text: str, made: Any, whence: str) -> Any:
 
 
 # -- texts as values ------------------------------------------------------------------------------
+
+
+def _texts(key: str, value: str) -> list[str]:
+    """What one word says, without quotes: one text, for `stop` perhaps several."""
+    if key == "question":
+        return [value]
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""  # as a recipe's grammar has it
+    bare = value[1:-1] if quoted else value
+    if not bare or (key != "stop" and not bare.strip()):
+        raise RecipeError(f"{key} is empty. Give {key}=VALUE, or leave it out.")
+    return _listed(key, value) if key == "stop" else [bare]
+
+
+def _listed(key: str, value: str) -> list[str]:
+    """`a,'b, c'` -> `a` and `b, c`."""
+    found: list[str] = []
+    at = 0
+    while part := _LISTED.match(value, at):
+        found.append(part[1] or part[2] or part[3])
+        at = part.end()
+        if not part[4]:
+            return found
+    raise RecipeError(
+        f"{key} is {value!r}. It is one text, or several with commas between them; put a text with a comma, "
+        f"a quote or outer spaces in quotes: {key}=\"'a, b',c\"."
+    )
 
 
 def _alternatives(hint: Any) -> list[Any]:
@@ -220,6 +252,8 @@ def _parsed(text: str, kind: Any) -> Any:
     elif get_origin(kind) is not None:
         inner = text.strip().removeprefix("[").removesuffix("]")
         return tuple(_parsed(part.strip(), get_args(kind)[0]) for part in inner.split(","))
+    elif kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
     elif kind in (int, float, str):
         return kind(text)
     raise ValueError(text)
@@ -230,4 +264,6 @@ def _said(kind: Any) -> str:
         return " or ".join(get_args(kind))
     if get_origin(kind) is not None:
         return "whole numbers such as 0,2"
-    return {int: "a whole number", float: "a number", types.NoneType: "null"}.get(kind, "a text")
+    return {bool: "true or false", int: "a whole number", float: "a number", types.NoneType: "null"}.get(
+        kind, "a text"
+    )

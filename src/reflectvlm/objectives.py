@@ -59,6 +59,8 @@ class ClippedSurrogate:
     `ratio="sequence"`: w_t = (product of the row's token ratios)^(1 / its length), the same for all
     of its tokens (GSPO, arXiv 2507.18071, eq. 7).
     `dual_clip=c`: where A < 0 the loss is at most -c A (dual-clip PPO, arXiv 1912.09729; "delta" in TRL).
+    Ratios are exponentials of bounded log-ratios (`ops.LOG_RATIO_LIMIT`): never infinite, and without a
+    gradient beyond the bound, where one token would outweigh all others.
 
     `reduce` says how tokens become one number:
       "sequence_mean"  mean over a row's tokens, then over `num_sequences`   GRPO, arXiv 2402.03300, eq. 3

@@ -30,6 +30,7 @@ from typing import Any
 from reflectvlm.building import draft_of, instantiated, record
 from reflectvlm.chain import Chain
 from reflectvlm.config import EVERY, OUTPUT, STAGES, Composed, compose, key_of, of_stage
+from reflectvlm.interrupt import Abandoned, abandonable
 from reflectvlm.protocols import Reattention, Reward
 from reflectvlm.recipe_check import RecipeError, check_recipe
 from reflectvlm.recipe_files import find_pipeline
@@ -104,7 +105,7 @@ def run_pipeline(name: str, *words: str) -> PipelineResult:
     """
     composed = _composed(name, words)
     pipeline = _pipeline(composed)
-    chain = Chain(told=composed.values[STAGES])
+    chain = Chain(told=composed.values[STAGES], max_minutes=pipeline.output.max_minutes)
     runs = [chain.stage(row.recipe, row.overrides) for row in pipeline.table]
     chain.check(*runs, named=True)
     identities = [chain.identity(row.recipe, row.overrides) for row in pipeline.table]
@@ -120,10 +121,10 @@ def run_pipeline(name: str, *words: str) -> PipelineResult:
         if folder.finished:
             return _found(folder)
         models = [_model(chain, row, run) for row, run in zip(pipeline.table, runs, strict=True)]
-        with StopRequest() as stop:
+        with StopRequest(output.max_minutes) as stop:
             measured = _measure_all(pipeline, runs, models, identities, folder, stop)
         if len(measured) < len(pipeline.table):
-            print(f"stopped by {stop.signal_name}; the same command goes on with {folder.path}")
+            print(f"stopped by {stop.reason}; the same command goes on with {folder.path}")
             return PipelineResult(
                 folder=folder.path, figures=measured, finished=False, exit_code=stop.exit_code
             )
@@ -207,7 +208,11 @@ def _measure_all(
         if stop.requested:
             break
         if (known := before.get((row.name, model, identity))) is None:
-            known = _asked(pipeline, row, run.values, model)
+            try:
+                with abandonable(lambda: stop.requested):
+                    known = _asked(pipeline, row, run.values, model)
+            except Abandoned:
+                break  # this row is measured anew by the next start
             line = {"row": row.name, "model": model, "identity": identity, **asdict(known)}
             with file.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(line) + "\n")

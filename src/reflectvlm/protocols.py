@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from reflectvlm.batch import Batch, LossInputs, LossOutputs, TokenScores
+from reflectvlm.rewards.verdict import Verdict
 from reflectvlm.types import (
     AttentionProbe,
     Insertion,
@@ -24,6 +25,9 @@ from reflectvlm.types import (
     Spans,
 )
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 
 @runtime_checkable
 class Reward(Protocol):
@@ -31,9 +35,23 @@ class Reward(Protocol):
 
     The whole group is seen because some rewards compare siblings; `rewards.per_rollout` lifts a
     function of one rollout. A reward that cannot decide raises; it never returns NaN on purpose.
+
+    Two optional attributes, see `rewards.asking`: `rowwise = True` asks about one rollout at a time, and
+    a method `many(groups)` about all groups of a step at once, which pays for rewards that wait.
     """
 
     def __call__(self, group: Sequence[Rollout], /) -> Sequence[float]: ...
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """How right is an answer? Question, gold answer, answer, perhaps the images -> a verdict.
+
+    What it cannot decide has a verdict without a score and says why; it is never scored 0 for that. A
+    judge may be asked from several threads at once.
+    """
+
+    def __call__(self, question: str, gold: str, answer: str, images: Sequence[Image] = (), /) -> Verdict: ...
 
 
 @runtime_checkable

@@ -219,5 +219,6 @@ def _check(settings: _Settings) -> None:
 
 
 def _are_numbers(images: object) -> bool:
-    several = isinstance(images, Sequence) and not isinstance(images, str) and len(images) > 0
-    return several and all(isinstance(image, int) and not isinstance(image, bool) for image in images)  # type: ignore[attr-defined]
+    if not isinstance(images, Sequence) or isinstance(images, str) or not images:
+        return False
+    return all(isinstance(image, int) and not isinstance(image, bool) for image in images)

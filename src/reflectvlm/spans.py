@@ -192,6 +192,7 @@ def collate(
         advantages=torch.zeros(len(rows)),
         num_tokens=float(trained.sum()),
         num_sequences=float(len(rows)),
+        row_ids=tuple(prompt.sample.id for prompt, _ in sequences),
     )
 
 

@@ -180,7 +180,8 @@ class Prompt:
 
 
 StopReason: TypeAlias = Literal["eos", "stop", "length"]
-"""Why a rollout ended: its end-of-turn token, a stop string or stop id, or the token budget."""
+"""Why a rollout ended: its end-of-turn token, a stop string or stop id, or the token budget or the model's
+context is used up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

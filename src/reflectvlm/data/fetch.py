@@ -12,6 +12,7 @@ import base64
 import binascii
 import os
 import stat
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -40,7 +41,7 @@ class ImageLimits:
     urls: bool = True
     """False: a web address in a row is an error, and no connection is ever opened."""
     timeout: float = 20.0
-    """Seconds to wait for a web server."""
+    """Seconds to wait for a web server, and for its whole answer."""
 
     def __post_init__(self) -> None:
         for name in ("max_pixels", "max_aspect", "max_bytes"):
@@ -184,7 +185,7 @@ def _from_web(url: str, limits: ImageLimits) -> bytes:
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "reflectvlm"})
         with urllib.request.urlopen(request, timeout=limits.timeout) as answer:
-            return _sized(answer.read(limits.max_bytes + 1), shown, limits)
+            return _sized(_received(answer, limits), shown, limits)
     except BadImage:
         raise
     except urllib.error.HTTPError as error:
@@ -194,6 +195,18 @@ def _from_web(url: str, limits: ImageLimits) -> bytes:
         why = f"cannot be reached ({type(getattr(error, 'reason', error)).__name__})"
     remedy = "Check the connection, or download the images and name them by paths."
     raise BadImage("unreachable image", shown, why, remedy) from None
+
+
+def _received(answer: Any, limits: ImageLimits) -> bytes:
+    """The answer's body. Time is taken in all: a server that sends a byte now and then would never end."""
+    data, until = bytearray(), time.monotonic() + limits.timeout
+    while len(data) <= limits.max_bytes and (piece := answer.read1(2**16)):
+        data += piece
+        if time.monotonic() > until:
+            raise TimeoutError
+    if len(data) <= limits.max_bytes and answer.length:
+        raise ConnectionAbortedError
+    return bytes(data)
 
 
 def _sized(data: bytes, shown: str, limits: ImageLimits) -> bytes:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, TypeAlias, overload
 
-from reflectvlm.data.rows import BadRow, Columns, Row
+from reflectvlm.data.rows import BadRow, Columns, Row, plain
 from reflectvlm.recipe_check import nearest
 from reflectvlm.types import Sample
 
@@ -183,7 +183,7 @@ def _check_columns(columns: Columns, seen: set[str]) -> None:
         near = nearest(name, sorted(seen))
         without = ", or data.columns.images=null if the rows have no images" if part == "images" else ""
         raise ValueError(
-            f"No row has a column '{name}'; the columns are {', '.join(sorted(seen))}. "
+            f"No row has a column '{name}'; the columns are {plain(', '.join(sorted(seen)))}. "
             f"Name the right one, data.columns.{part}={near or 'NAME'}{without} "
             f"(generate: without 'data.'; Python: columns={{'{part}': …}})."
         )

@@ -2,7 +2,8 @@
 
 Opening walks through the file once and keeps only where each record begins and ends; a record is
 parsed when it is asked for. So a file larger than memory works, and a broken line costs itself
-only. A `.gz` file is unpacked into a temporary file, because gzip has no random access.
+only. A `.gz` file is unpacked into a temporary file, because gzip has no random access. Memory holds one
+record, and none above `LONGEST`: a file without line ends, or a quote that is never closed, is no row.
 """
 
 from __future__ import annotations
@@ -13,21 +14,26 @@ import gzip
 import io
 import json
 import os
-import shutil
 import sys
 import tempfile
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from reflectvlm.data.rows import BadRow, Row
 
+LONGEST = 128 * 2**20
+"""Bytes of a record; parsed, they can take twenty times as many. An image of `ImageLimits.max_bytes` fits."""
 _BOM = b"\xef\xbb\xbf"
+_PIECE = 2**20
+_BOMB = (2**30, 200)
+"""A packed file is refused when it unpacks to more than so many bytes and so many times its size."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +62,10 @@ class Records:
         with self.file.open("rb") as file:
             if _stamp(file.fileno()) != self.stamp:
                 raise ValueError(f"{self.name} has changed since it was opened. Open it again.")
+            if end - start > LONGEST:
+                detail = f"The row has {end - start:,} bytes, and {LONGEST:,} are read."
+                remedy = "Give each row its own line; name images by paths."
+                raise BadRow(self.position(index), "", "row too large", remedy, detail)
             file.seek(start)
             return self.parse(file.read(end - start), self.position(index))
 
@@ -69,19 +79,30 @@ def open_json_lines(path: Path) -> Records:
     """One object per line; blank lines are passed over but counted."""
     records = _records(path, parse_json)
     with records.file.open("rb") as file:
-        start = _after_bom(file)
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                records.add(start, start + len(line), number)
-            start += len(line)
+        for number, (start, end) in enumerate(_line_spans(file, _after_bom(file)), start=1):
+            if end > start:
+                records.add(start, end, number)
     return records
+
+
+def _line_spans(file: io.BufferedReader, start: int) -> Iterator[tuple[int, int]]:
+    """Where each line begins and ends; a blank one ends where it begins. Memory holds a piece of a line."""
+    end, blank = start, True
+    while piece := file.readline(_PIECE):
+        end += len(piece)
+        blank = blank and not piece.strip()
+        if piece.endswith(b"\n"):
+            yield start, start if blank else end
+            start, blank = end, True
+    if end > start:
+        yield start, start if blank else end
 
 
 def open_csv(path: Path, delimiter: str) -> Records:
     """The first record names the columns. A quoted cell may span lines."""
     records = _records(path, parse_json)
     with records.file.open("rb") as file:
-        lines = _Lines(file, _after_bom(file))
+        lines = _Lines(file, _after_bom(file), path.name)
         with _long_cells():
             spans = list(_csv_spans(lines, delimiter, path.name))
         if not spans:
@@ -121,11 +142,15 @@ def parse_csv(data: bytes, position: str, header: tuple[str, ...], delimiter: st
     text = _decoded(data, position)
     try:
         with _long_cells():
-            (cells,) = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+            rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
     except csv.Error as error:
         raise BadRow(
             position, "", "broken CSV", "Quote the cell properly.", f"The row has {error}."
         ) from None
+    if len(rows) != 1:  # a carriage return alone ends a record for this reader, too
+        detail = f"The row holds {len(rows)} records: it has a carriage return outside of quotes."
+        raise BadRow(position, "", "broken CSV", "Quote the cell, or end rows by a line feed.", detail)
+    (cells,) = rows
     if len(cells) != len(header):
         detail = f"The row has {len(cells)} cells and the header {len(header)}."
         raise BadRow(position, "", "wrong number of cells", "Quote cells with delimiters in them.", detail)
@@ -143,13 +168,30 @@ def _unpacked(path: Path) -> Path:
     handle, name = tempfile.mkstemp(prefix="reflectvlm-", suffix=".rows")
     try:
         with gzip.open(path, "rb") as packed, open(handle, "wb") as plain:
-            shutil.copyfileobj(packed, plain)
+            _copy(packed, plain, path)
     except (OSError, EOFError, zlib.error) as error:
         os.unlink(name)
         raise ValueError(f"{path} cannot be unpacked ({error}). Copy or pack it again.") from error
+    except BaseException:
+        os.unlink(name)
+        raise
     # Not when the rows are dropped: a pickled copy of them may still read the file.
     atexit.register(_delete, name, os.getpid())
     return Path(name)
+
+
+def _copy(packed: gzip.GzipFile, plain: IO[bytes], path: Path) -> None:
+    least, times = _BOMB
+    most = max(least, times * path.stat().st_size)
+    size = 0
+    while piece := packed.read(_PIECE):
+        size += len(piece)
+        if size > most:
+            raise ValueError(
+                f"{path} unpacks to more than {most:,} bytes, {times} times its size, which no rows do. "
+                "Unpack it yourself if that is right."
+            )
+        plain.write(piece)
 
 
 def _delete(name: str, owner: int) -> None:
@@ -184,8 +226,7 @@ def _no_constant(name: str) -> float:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
         raise ValueError(f"the key {twice!r} twice")
     return values
 
@@ -197,17 +238,26 @@ class _Lines:
 
     file: io.BufferedReader
     offset: int
+    name: str
     number: int = 0
+    begun: int = 0
+    """Where the record that is being read begins."""
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        line = self.file.readline()
+        line = self.file.readline(LONGEST + 1)
         if not line:
             raise StopIteration
         self.offset += len(line)
         self.number += 1
+        if self.offset - self.begun > LONGEST:
+            # Without its end, nobody can say where the next row begins: stop.
+            raise ValueError(
+                f"{self.name}:{self.number}: the row that ends here has more than {LONGEST:,} bytes. "
+                "Close its quote, or give each row its own line."
+            )
         return line.decode("latin-1")
 
 
@@ -215,6 +265,7 @@ def _csv_spans(lines: _Lines, delimiter: str, name: str) -> Iterator[tuple[int, 
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         start, first = lines.offset, lines.number + 1
+        lines.begun = start
         try:
             cells = next(reader)
         except StopIteration:
@@ -234,7 +285,10 @@ def _csv_spans(lines: _Lines, delimiter: str, name: str) -> Iterator[tuple[int, 
 
 def _header(data: bytes, delimiter: str, path: Path) -> tuple[str, ...]:
     try:
-        (cells,) = csv.reader(io.StringIO(data.decode("utf-8"), newline=""), delimiter=delimiter, strict=True)
+        text = io.StringIO(data.decode("utf-8"), newline="")
+        cells, *more = csv.reader(text, delimiter=delimiter, strict=True)
+        if more:
+            raise csv.Error("it has a carriage return outside of quotes")
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(
             f"The header of {path} cannot be read ({error}). Save the file as UTF-8 CSV."

@@ -25,6 +25,7 @@ Row: TypeAlias = Mapping[str, Any]
 
 IMAGE_MARKER = "<image>"
 """Where an image stands in a question."""
+_LONGEST_DETAIL = 800
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,14 +65,22 @@ class BadRow(ValueError):
     """
 
     def __init__(self, position: str, field: str, reason: str, remedy: str, detail: str = "") -> None:
+        detail = plain(detail)
         # Everything in `args`, so that the error survives pickling on its way out of a worker.
         super().__init__(position, field, reason, remedy, detail)
         self.position, self.field, self.reason, self.remedy = position, field, reason, remedy
-        self.detail = detail or f"{reason} in column '{field}'."
+        self.detail = detail or f"{reason} in column '{plain(field)}'."
 
     def __str__(self) -> str:
-        # An id or a column's name may hold a line end.
-        return " ".join(f"{self.position}: {self.detail} {self.remedy}".splitlines())
+        return f"{plain(self.position)}: {self.detail} {self.remedy}".strip()
+
+
+def plain(text: str) -> str:
+    """What a row spells, such as an id or a column's name, on one line of a log: it may be of any length
+    and hold line ends or a terminal's control characters."""
+    if len(text) > _LONGEST_DETAIL:
+        text = f"{text[: _LONGEST_DETAIL // 2]} … {text[-_LONGEST_DETAIL // 2 :]}"
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.splitlines()))
 
 
 def read_row(row: Row, position: str, columns: Columns, limits: ImageLimits, root: Path) -> Sample:
@@ -88,6 +97,9 @@ def read_row(row: Row, position: str, columns: Columns, limits: ImageLimits, roo
     images = tuple(_image(value, position, columns, limits, root) for value in values)
     used = {columns.question, columns.answer, columns.id, *columns.image_names}
     others = {key: value for key, value in row.items() if key not in used}
+    for key, value in others.items():
+        if isinstance(value, str):  # it may be a gold answer to train on, and goes into logs
+            _text(value, position, key, "text")
     return Sample(id=name, question=question, answer=answer, images=images, columns=others)
 
 
@@ -106,11 +118,16 @@ def _answer(row: Row, position: str, column: str) -> str:
     if isinstance(value, str):
         return _text(value, position, column, "answer")
     number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
-    if number and math.isfinite(value):
+    if number and _finite(value):
         return str(value)
     remedy = "Write the answer as one text or number."
     detail = f"Column '{column}' holds {value if number else _kind(value)}."
     raise BadRow(position, column, "answer is no text", remedy, detail)
+
+
+def _finite(value: int | float | Decimal) -> bool:
+    """Also of what is larger than any float, and of a signalling NaN."""
+    return value.is_finite() if isinstance(value, Decimal) else isinstance(value, int) or math.isfinite(value)
 
 
 def _present(row: Row, position: str, column: str, part: str) -> Any:
@@ -158,7 +175,7 @@ def _listed(value: Any) -> list[RowImage]:
     if isinstance(value, str) and value[:1] == "[" and value[-1:] == "]":
         try:
             inner = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return [value]  # a file whose name happens to begin with a bracket
         return inner if isinstance(inner, list) else [value]
     return [value]

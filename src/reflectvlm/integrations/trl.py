@@ -15,6 +15,7 @@ from typing import Any
 
 from reflectvlm.protocols import Reward
 from reflectvlm.rewards.custom import Custom
+from reflectvlm.rewards.trl_call import TrlCall
 from reflectvlm.types import Prompt, Rollout, Sample, Text
 
 TrlFunction = Callable[..., Any]
@@ -74,7 +75,8 @@ def from_trl(
 
     The gold answer comes as `answer_column` too, since TRL's data sets name it as they please;
     `trainer_state` is None, `log_extra` and `log_metric` do nothing. `timeout` and `conversational`
-    are those of `Custom`, which also runs functions by name in a process of their own.
+    are those of `Custom`, which runs the function in a process of its own that can be killed;
+    `timeout=None` calls it here.
     A None it returns (its way to say "does not apply") stays None: a rubric leaves that reward out of
     the rollout's sum, and takes it for no failure.
     """
@@ -175,19 +177,6 @@ class TrlReward:
         return [value if math.isfinite(value) else None for value in values]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrlCall:
-    """`function` with the arguments that only TRL's trainer gives; see `from_trl`."""
-
-    function: TrlFunction
-    answer_column: str
-
-    def __call__(self, *, images: Sequence[Any], answers: Sequence[str], **columns: Any) -> Any:
-        from_trainer = {"trainer_state": None, "log_extra": _ignore, "log_metric": _ignore}
-        given = columns | {self.answer_column: answers, "images": images} | from_trainer
-        return self.function(**given)
-
-
 def _runs(samples: Sequence[Sample]) -> Iterator[tuple[int, int]]:
     """Start and stop of each run of adjacent samples that are the same one."""
     start = 0
@@ -232,7 +221,3 @@ def _name_of(reward: object) -> str:
     """A `Custom`'s label, a function's own name, that of a lifted function, or the class's."""
     inner = getattr(reward, "function", reward)
     return str(getattr(reward, "label", None) or getattr(inner, "__name__", type(reward).__name__))
-
-
-def _ignore(*_: object, **__: object) -> None:
-    return None

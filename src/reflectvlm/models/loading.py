@@ -7,10 +7,14 @@ torchvision. Tokenizer and image processor alone are enough, and neither needs i
 from __future__ import annotations
 
 import logging
+import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
+from reflectvlm.models.trust import no_safetensors, refuse_code
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["auto", "eager", "sdpa"]
@@ -42,12 +46,21 @@ def find_model(path: str) -> str:
     return path
 
 
-def load_model(path: str, *, dtype: Dtype, attention: Attention, trust_remote_code: bool = False) -> Any:
-    """The stock model class for the folder's configuration, in training dtype, without dropout."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
+    """The configuration alone. Raises ValueError if code comes with the model and was not asked for."""
+    from transformers import AutoConfig
 
     source = find_model(path)
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if not trust_remote_code:
+        refuse_code(path, source)
+    return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def load_model(path: str, *, dtype: Dtype, attention: Attention, trust_remote_code: bool = False) -> Any:
+    """The stock model class for the folder's configuration, in training dtype, without dropout."""
+    from transformers import AutoModelForImageTextToText
+
+    source, config = find_model(path), load_config(path, trust_remote_code=trust_remote_code)
     families = ("qwen2_vl", "qwen2_5_vl")
     if config.model_type not in families:
         raise ValueError(
@@ -55,17 +68,31 @@ def load_model(path: str, *, dtype: Dtype, attention: Attention, trust_remote_co
             "a new family needs a policy of its own, see docs/design.md, 'Policies'."
         )
     chosen = {} if attention == "auto" else {"attn_implementation": attention}
-    model = AutoModelForImageTextToText.from_pretrained(
-        source, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **chosen
-    )
+    # Else transformers asks a service of the hub to convert, and loads what that proposes.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            **chosen,
+        )
+    except OSError as error:
+        if not re.search(r"(no file named|have a file named) \S+\.safetensors", str(error)):
+            raise
+        raise no_safetensors(path, source) from error
     logging.getLogger("reflectvlm").debug("loaded %s from %s", type(model).__name__, source)
     return model.eval()
 
 
-def load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(find_model(path))
+    source = find_model(path)
+    if not trust_remote_code:
+        refuse_code(path, source)
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
 def load_image_processor(path: str, min_pixels: int | None, max_pixels: int | None) -> Any:

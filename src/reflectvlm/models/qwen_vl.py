@@ -68,7 +68,7 @@ def load_policy(
     """
     check_embeddings(embeddings, new_tags)
     model = load_model(path, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     tags = add_tags(model, tokenizer, new_tags)
     freeze(model, freeze_parts)
     if embeddings == "new_tags":

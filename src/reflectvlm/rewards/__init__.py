@@ -13,24 +13,35 @@ if TYPE_CHECKING:
     from reflectvlm.rewards.back import BackReward, look_back_rubric
     from reflectvlm.rewards.custom import Custom
     from reflectvlm.rewards.isolation import RewardError, Worker
+    from reflectvlm.rewards.judge_http import HttpJudge
+    from reflectvlm.rewards.judged import Judged
+    from reflectvlm.rewards.judges import RecordedJudge, RuleJudge
     from reflectvlm.rewards.layout import TagFormat
     from reflectvlm.rewards.length import LengthPenalty, SoftOverlong
     from reflectvlm.rewards.lift import per_rollout
+    from reflectvlm.rewards.pool import WorkerPool
     from reflectvlm.rewards.reflection import ReflectionBalance, brpo_rubric
     from reflectvlm.rewards.rubric import RewardFailure, Rubric
+    from reflectvlm.rewards.verdict import Verdict
 
 _HOME = {
     "Accuracy": "accuracy",
     "BackReward": "back",
     "Custom": "custom",
+    "HttpJudge": "judge_http",
+    "Judged": "judged",
     "LengthPenalty": "length",
+    "RecordedJudge": "judges",
     "ReflectionBalance": "reflection",
     "RewardError": "isolation",
     "RewardFailure": "rubric",
     "Rubric": "rubric",
+    "RuleJudge": "judges",
     "SoftOverlong": "length",
     "TagFormat": "layout",
+    "Verdict": "verdict",
     "Worker": "isolation",
+    "WorkerPool": "pool",
     "brpo_rubric": "reflection",
     "look_back_rubric": "back",
     "per_rollout": "lift",
@@ -40,14 +51,20 @@ __all__ = [
     "Accuracy",
     "BackReward",
     "Custom",
+    "HttpJudge",
+    "Judged",
     "LengthPenalty",
+    "RecordedJudge",
     "ReflectionBalance",
     "RewardError",
     "RewardFailure",
     "Rubric",
+    "RuleJudge",
     "SoftOverlong",
     "TagFormat",
+    "Verdict",
     "Worker",
+    "WorkerPool",
     "brpo_rubric",
     "look_back_rubric",
     "per_rollout",

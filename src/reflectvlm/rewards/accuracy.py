@@ -12,6 +12,8 @@ from difflib import get_close_matches
 from typing import ClassVar, Literal
 
 from reflectvlm.rewards import answers
+from reflectvlm.rewards.isolation import RewardError
+from reflectvlm.rewards.maths import Equal, settle
 from reflectvlm.types import Rollout
 
 _CHOICES = {"kind": ("auto", "number", "choice", "text", "math"), "rule": ("strict", "lookback")}
@@ -57,26 +59,69 @@ class Accuracy:
     def __call__(self, group: Sequence[Rollout], /) -> list[float]:
         return [float(self.is_right(r.text, r.prompt.sample.answer, r.prompt.sample.id)) for r in group]
 
+    def many(self, groups: Sequence[Sequence[Rollout]], /) -> list[list[float] | Exception]:
+        """The same for many groups; what needs sympy is asked of several processes at once."""
+        rows = [rollout for group in groups for rollout in group]
+        found: list[bool | Equal | Exception] = []
+        for rollout in rows:
+            sample = rollout.prompt.sample
+            try:
+                found.append(self._decide(rollout.text, sample.answer, sample.id))
+            except ValueError as error:
+                found.append(error)  # an empty gold answer is its row's fault alone
+        asked = [one for one in found if isinstance(one, Equal)]
+        settled = iter(settle(asked, self.timeout) if asked else ())
+        values = [
+            self._verdict(next(settled) if isinstance(one, Equal) else one, rollout)
+            for one, rollout in zip(found, rows, strict=True)
+        ]
+        grouped = iter(values)
+        return [_values([next(grouped) for _ in group]) for group in groups]
+
     def is_right(self, text: str, gold: str, sample_id: str = "?") -> bool:
         """The same decision for a plain text: evaluation uses it too, so the two cannot disagree."""
+        found = self._decide(text, gold, sample_id)
+        if isinstance(found, Equal):
+            (settled,) = settle([found], self.timeout)
+            if isinstance(settled, RewardError):
+                raise settled
+            found = settled
+        return self._second_chance(found, gold, text)
+
+    def _verdict(self, found: bool | Exception, rollout: Rollout) -> float | Exception:
+        if isinstance(found, Exception):
+            return found
+        return float(self._second_chance(found, rollout.prompt.sample.answer, rollout.text))
+
+    def _second_chance(self, found: bool, gold: str, text: str) -> bool:
+        return found or (self.rule == "lookback" and answers.lookback_letter(gold, text))
+
+    def _decide(self, text: str, gold: str, sample_id: str) -> bool | Equal:
+        """Right, wrong, or a question for a worker."""
         if not gold.strip():
             raise ValueError(
                 f"Sample {sample_id!r} has an empty gold answer, so nothing can be right. "
                 "Give it an answer or drop the row."
             )
         if self.rule == "lookback":
-            return answers.grade_lookback(gold, text, self.timeout)
+            return answers.lookback_question(gold, text)
         boxed = self.answer_from == "boxed"
         answer = answers.extract_boxed(text) if boxed else answers.extract_tag(text, self.answer_from)
         return bool(answer) and self._grade(gold, str(answer))
 
-    def _grade(self, gold: str, answer: str) -> bool:
+    def _grade(self, gold: str, answer: str) -> bool | Equal:
         if answer.strip() == gold.strip():
             return True  # whatever the kind: a gold answer that its grader cannot read still equals itself
         kind = answers.kind_of(gold) if self.kind == "auto" else self.kind
         if kind == "math":
-            return answers.grade_math(gold, answer, self.timeout)
+            return answers.math_question(gold, answer)
         grade = {"number": answers.grade_number, "choice": answers.grade_choice, "text": answers.grade_text}[
             kind
         ]
         return grade(gold, answer)
+
+
+def _values(row: list[float | Exception]) -> list[float] | Exception:
+    """A group's values, or what kept one of them from being known."""
+    failed = next((value for value in row if isinstance(value, Exception)), None)
+    return failed or [value for value in row if not isinstance(value, Exception)]

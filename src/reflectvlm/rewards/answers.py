@@ -3,7 +3,8 @@ r"""Finding the answer in a text, and grading it against the gold answer.
 Extraction: the last brace-balanced `\boxed{}`, or the text of a tag. Graders are strict: the whole
 answer must be the number, the letter or the text, not merely contain it. All of it is pure and
 linear in the text's length, and nothing is ever evaluated; only `grade_math` and `grade_lookback`
-leave the process, for the isolated worker.
+leave the process, for isolated workers. They are made of a question that is settled here or handed on
+(`math_question`, `lookback_question`), so that the questions of a whole step are asked at once.
 
 Left out: units (a number with a unit is text), spelled-out numbers, tolerances.
 """
@@ -15,17 +16,16 @@ import unicodedata
 from fractions import Fraction
 from functools import lru_cache
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Literal
 
+from reflectvlm.rewards.maths import Equal, settle_one
 from reflectvlm.tags import find_boxes
 
 Kind = Literal["number", "choice", "text", "math"]
 
-_GRADING = Path(__file__).with_name("grading.py")
-_MATH_MEMORY_GIB = 4.0
 _MATH_MAX_CHARACTERS = 2000
 _NUMBER_MAX_CHARACTERS = 300
+_NORMAL_FORM_MAX_CHARACTERS = 2000
 
 _DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?(?:[eE][+-]?[0-9]{1,3})?"
 _RATIO = re.compile(rf"([+-]?)({_DECIMAL})(?:/({_DECIMAL}))?")
@@ -34,7 +34,7 @@ _WRAPPER = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mathit)\s*\{([^{}]*)\}")
 _CHOICE = re.compile(
     r"(?:(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?:? ?)?"
     r"(?:\( ?([A-Z]) ?\)|([A-Z]) ?(?:[.):]|$))(.*)",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,  # without ASCII, ſ and the Kelvin sign count as letters from A to Z
 )
 # Another option behind the first: "(b)" but not "f(b)"; a capital that is neither the word A or I, nor a
 # unit as in "5 N", nor the start of "X-ray"; a letter after "or"; a small letter that begins the rest.
@@ -103,8 +103,15 @@ def extract_number(answer: str) -> Fraction | None:
 
 
 def normalise(text: str) -> str:
-    r"""Text for comparison: no `\text{}`, `$`, quotes or final stop; one space; case folded."""
-    plain = " ".join(unicodedata.normalize("NFC", _unwrap(text)).casefold().split())
+    r"""Text for comparison: no `\text{}`, `$`, quotes or final stop; one space; case folded.
+
+    Beyond 2,000 characters accents stay as they are spelled: sorting long runs of combining marks, as
+    Unicode's normal form asks for, takes quadratic time.
+    """
+    plain = " ".join(_unwrap(text).split())
+    if len(plain) <= _NORMAL_FORM_MAX_CHARACTERS:
+        plain = unicodedata.normalize("NFC", plain)
+    plain = " ".join(plain.casefold().split())
     return plain.strip("\"'*").rstrip(".!").strip() or plain
 
 
@@ -123,16 +130,21 @@ def grade_text(gold: str, answer: str) -> bool:
 
 
 def grade_math(gold: str, answer: str, timeout: float = 10.0) -> bool:
-    """Equal as text or by math-verify (gold first) in the isolated worker.
+    """Equal as text or by math-verify (gold first) in an isolated worker.
 
     Raises `RewardError` if the worker was killed or died. An answer of more than 2,000 characters
     that is not the gold text is wrong and is not parsed.
     """
+    return _settled(math_question(gold, answer), timeout)
+
+
+def math_question(gold: str, answer: str) -> bool | Equal:
+    """What `grade_math` decides at once, or the question for a worker."""
     if grade_text(gold, answer):
         return True
     if not gold.strip() or not answer.strip() or len(answer) > _MATH_MAX_CHARACTERS:
         return False
-    return _in_worker("math_equal", gold, answer, timeout)
+    return Equal("math_equal", gold, answer)
 
 
 def grade_lookback(gold: str, text: str, timeout: float = 10.0) -> bool:
@@ -144,10 +156,22 @@ def grade_lookback(gold: str, text: str, timeout: float = 10.0) -> bool:
     published scores, never to train.
     """
     require_mathruler()
+    return _settled(lookback_question(gold, text), timeout) or lookback_letter(gold, text)
+
+
+def lookback_question(gold: str, text: str) -> bool | Equal:
+    """Look-Back's two graders; they are not asked about more than 2,000 characters, which are wrong."""
     answer = _mathruler_box(text)
-    if _in_worker("lookback_equal", gold, answer, timeout):
-        return True
-    return bool(re.fullmatch(r"[A-Z]", gold)) and gold in answer.upper()
+    return False if len(answer) > _MATH_MAX_CHARACTERS else Equal("lookback_equal", gold, answer)
+
+
+def lookback_letter(gold: str, text: str) -> bool:
+    """Look-Back's second chance: one capital letter as the gold answer that occurs in the answer."""
+    return bool(re.fullmatch(r"[A-Z]", gold)) and gold in _mathruler_box(text).upper()
+
+
+def _settled(question: bool | Equal, timeout: float) -> bool:
+    return question if isinstance(question, bool) else settle_one(question, timeout)
 
 
 def require_mathruler() -> None:
@@ -160,6 +184,7 @@ def require_mathruler() -> None:
         )
 
 
+@lru_cache(maxsize=1024)
 def kind_of(gold: str) -> Kind:
     """A single letter is a choice, a number a number, what has maths in it is maths, the rest text."""
     if re.fullmatch(r"\(?[A-Za-z]\)?", gold.strip()):
@@ -170,19 +195,6 @@ def kind_of(gold: str) -> Kind:
         return "math"
     words = {word.lower() for word in _WORD.findall(gold)}
     return "math" if _MATHS_BETWEEN.search(gold) and words <= _FUNCTIONS else "text"
-
-
-@lru_cache(maxsize=8192)
-def _in_worker(function: str, gold: str, answer: str, timeout: float) -> bool:
-    from reflectvlm.rewards.isolation import RewardError, shared_worker
-
-    # Three steps may each use up the soft limit; the hard one must come after them.
-    arguments = {"gold": gold, "answer": answer, "seconds": max(1, int(timeout / 4))}
-    worker = shared_worker("math", memory_gib=_MATH_MEMORY_GIB)
-    value = worker.call(f"{_GRADING}:{function}", arguments, timeout)
-    if isinstance(value, RewardError):
-        raise value
-    return bool(value)
 
 
 def _mathruler_box(text: str) -> str:

@@ -14,7 +14,7 @@ from typing import ClassVar
 from reflectvlm.protocols import Reward
 from reflectvlm.rewards.accuracy import Accuracy
 from reflectvlm.rewards.layout import TagFormat
-from reflectvlm.rewards.rubric import OnError, Rubric
+from reflectvlm.rewards.rubric import MAX_FAILED_SHARE, OnError, Rubric
 from reflectvlm.tags import Layout
 from reflectvlm.types import Rollout
 
@@ -49,11 +49,12 @@ def look_back_rubric(
     extra_weights: Mapping[str, float] | None = None,
     on_error: OnError = "drop",
     max_failures: int | None = None,
+    max_failed_share: float | None = MAX_FAILED_SHARE,
 ) -> Rubric:
     """R as a rubric with the parts `accuracy` (weight 1 - w) and `format` (weight w).
 
     `extra` are further rewards by name, added with `extra_weights`; the two weights of R stay as they are.
-    `on_error` and `max_failures` are those of `Rubric`.
+    `on_error`, `max_failures` and `max_failed_share` are those of `Rubric`.
     """
     _check_weight("look_back_rubric", w)
     rewards: dict[str, Reward] = {"accuracy": accuracy or Accuracy(), "format": TagFormat(layout=layout)}
@@ -68,6 +69,7 @@ def look_back_rubric(
         weights={**weights, **(extra_weights or {})},
         on_error=on_error,
         max_failures=max_failures,
+        max_failed_share=max_failed_share,
     )
 
 

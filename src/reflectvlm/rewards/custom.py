@@ -25,13 +25,14 @@ Left out: TRL's `trainer_state`, `log_extra` and `log_metric`, which belong to i
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reflectvlm.rewards.isolation import Parameters, RewardError, shared_worker
+from reflectvlm.rewards.isolation import Code, Parameters, RewardError, pickled
+from reflectvlm.rewards.lift import PerRollout
+from reflectvlm.rewards.pool import WorkerPool, shared_pool
 from reflectvlm.rewards.worker import call, describe
 from reflectvlm.types import Rollout, Span, Text
 
@@ -40,24 +41,38 @@ _ONLY_IF_NAMED = ("images", "group", "rollouts")
 
 @dataclass(frozen=True, kw_only=True)
 class Custom:
-    """Example: `Custom(function="my_rewards.py:brevity")`, `Custom(function="my_pkg.rewards.brevity")`.
+    """Example: `Custom(function="my_rewards.py:brevity")`, `Custom(function=lambda texts: [...])`.
 
-    A function given by *name or file* runs in its own process and is killed when it takes too long.
-    A function given as an *object* runs here, in a daemon thread: after the time-out the rubric goes
-    on without it, but the thread cannot be killed, and one that hangs inside C without releasing
-    the interpreter lock stops the whole process. `timeout=None` calls an object directly.
+    The function runs in processes of its own and is killed when it takes too long; whatever it does
+    costs the rows of its call. One given by *name or file* is imported there. One given as an *object*
+    travels as it is when the `Custom` is made (with cloudpickle, so those of a notebook do too): what it
+    changes outside of itself stays in its process, and it must not count on state between calls.
+    With `timeout=None` an object is called here, in this process, where nothing can stop it: a hang or a
+    crash in it is one of the run.
     """
 
     function: str | Callable[..., Any]
     timeout: float | None = 10.0
+    """Seconds for one call; importing the function has 60 of its own. None: call it here."""
     name: str | None = None
     """Name in error messages; the function's own if left out."""
     conversational: bool = False
     """True: prompts and completions are lists of messages, as TRL passes them for chat data."""
+    rowwise: bool = False
+    """True: one call per rollout instead of one per group, so that a failure costs one rollout. A
+    function made by `per_rollout` is always asked so."""
+    workers: int | None = None
+    """Calls, and processes, at the same time; None: one per core, at most 4."""
+    memory_gib: float | None = None
+    """Address space of one process; None is unlimited."""
+    _code: Code | None = field(default=None, init=False, repr=False, compare=False)
+    _pool: WorkerPool | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.timeout is not None and not self.timeout > 0:
             raise ValueError(f"Custom.timeout is {self.timeout}. It must be a positive number of seconds.")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"Custom.workers is {self.workers}. It must be at least 1, or None.")
         if isinstance(self.function, str):
             object.__setattr__(self, "function", _checked_target(self.function))
             if self.timeout is None:
@@ -65,12 +80,17 @@ class Custom:
                     f"Custom.function is {self.function!r} and timeout is None. A function given by name "
                     "runs in its own process and needs a time-out; pass the function itself to call it here."
                 )
-            _check_found(self.function)
+            self._check_found(self.function)
         elif not callable(self.function):
             raise ValueError(  # noqa: TRY004 - what a user wrote
                 f"Custom.function is {self.function!r}. "
                 "Give 'my_pkg.mod.fn', 'path/to/file.py:fn' or a callable."
             )
+        else:
+            if isinstance(self.function, PerRollout):
+                object.__setattr__(self, "rowwise", True)
+            if self.timeout is not None:
+                object.__setattr__(self, "_code", _travelling(self.function, self.label))
 
     @property
     def label(self) -> str:
@@ -78,31 +98,71 @@ class Custom:
 
     def __call__(self, group: Sequence[Rollout], /) -> Any:
         """What the function gave. It may be anything at all: the rubric looks at it."""
-        rollouts = tuple(group)
-        return self._by_name(rollouts) if isinstance(self.function, str) else self._here(rollouts)
-
-    def _by_name(self, rollouts: tuple[Rollout, ...]) -> Any:
-        assert isinstance(self.function, str)
-        assert self.timeout is not None
-        worker = shared_worker(self.function)
-        parameters = worker.parameters(self.function)
-        if isinstance(parameters, RewardError):
-            raise parameters
-        arguments = self._arguments(parameters, self._offered(rollouts))
-        value = worker.call(self.function, arguments, self.timeout)
-        if isinstance(value, RewardError):
+        (value,) = self.many([group])
+        if isinstance(value, BaseException):
             raise value
         return value
+
+    def many(self, groups: Sequence[Sequence[Rollout]], /) -> list[Any]:
+        """What the function gave for each group, or the exception; several calls at once."""
+        if self.timeout is None:
+            return [self._here(tuple(group)) for group in groups]
+        target = self._target()
+        pool = self._workers(target)
+        parameters = pool.parameters(target)
+        if isinstance(parameters, RewardError):
+            return [parameters] * len(groups)
+        found: list[Any] = []
+        for group in groups:
+            try:
+                found.append(self._arguments(parameters, self._offered(tuple(group))))
+            except ValueError as error:
+                found.append(error)  # it asks for a column that these rows lack
+        values = iter(pool.map(target, [one for one in found if isinstance(one, dict)], self.timeout))
+        return [next(values) if isinstance(one, dict) else one for one in found]
+
+    def close(self) -> None:
+        """Ends the function's processes. A later call starts fresh ones."""
+        if self.timeout is not None:
+            self._workers(self._target()).close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pool": None}  # processes do not travel
+
+    def _target(self) -> str | Code:
+        if isinstance(self.function, str):
+            return self.function
+        assert self._code is not None
+        return self._code
+
+    def _workers(self, target: str | Code) -> WorkerPool:
+        if self._pool is None or not self._pool.owned:
+            object.__setattr__(self, "_pool", shared_pool(target, self.workers, self.memory_gib))
+        assert self._pool is not None
+        return self._pool
+
+    def _check_found(self, target: str) -> None:
+        """A misspelt name fails on every rollout of a run: it is told before the first."""
+        pool = self._workers(target)
+        loaded = pool.parameters(target)
+        if isinstance(loaded, RewardError):
+            pool.close()
+            raise ValueError(  # noqa: TRY004 - what a user wrote
+                f"Custom.function is {target!r}, which cannot be loaded: {loaded}. "
+                "Correct the name, or what its file does when it is imported."
+            )
 
     def _here(self, rollouts: tuple[Rollout, ...]) -> Any:
         function = self.function
         assert callable(function)
-        described = describe(function)
-        parameters = Parameters(tuple(described["required"]), tuple(described["optional"]), described["any"])
-        arguments = self._arguments(parameters, self._offered(rollouts))
-        if self.timeout is None:
-            return call(function, arguments)
-        return _in_thread(function, arguments, self.timeout)
+        try:
+            described = describe(function)
+            parameters = Parameters(
+                tuple(described["required"]), tuple(described["optional"]), described["any"]
+            )
+            return call(function, self._arguments(parameters, self._offered(rollouts)))
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - `many` gives each call's own exception
+            return error
 
     def _offered(self, rollouts: tuple[Rollout, ...]) -> dict[str, Any]:
         return _columns(rollouts, self.conversational) | {"group": rollouts, "rollouts": rollouts}
@@ -157,26 +217,6 @@ def _span(span: Span) -> dict[str, Any]:
     return {"type": "visual", "image": span.image, "keep": None if span.keep is None else list(span.keep)}
 
 
-def _in_thread(function: Callable[..., Any], arguments: dict[str, Any], timeout: float) -> Any:
-    outcome: dict[str, Any] = {}
-
-    def run() -> None:
-        # Boundary: an exception must reach the caller's thread, sys.exit included.
-        try:
-            outcome["value"] = call(function, arguments)
-        except BaseException as error:  # noqa: BLE001
-            outcome["error"] = error
-
-    thread = threading.Thread(target=run, name=f"reward {_name(function)}", daemon=True)
-    thread.start()
-    thread.join(timeout)
-    if thread.is_alive():
-        raise RewardError("timeout", f"TimeoutError: {_name(function)} gave no answer in {timeout:g} s")
-    if "error" in outcome:
-        raise outcome["error"]
-    return outcome["value"]
-
-
 def _checked_target(target: str) -> str:
     """Files become absolute here, because a run may change its folder before the first reward."""
     place, _, name = target.rpartition(":")
@@ -195,16 +235,15 @@ def _checked_target(target: str) -> str:
     raise ValueError(f"Custom.function is {target!r}. Write 'my_pkg.mod.fn' or 'path/to/file.py:fn'.")
 
 
-def _check_found(target: str) -> None:
-    """A misspelt name fails on every rollout of a run: it is told before the first."""
-    worker = shared_worker(target)
-    loaded = worker.parameters(target)
-    if isinstance(loaded, RewardError):
-        worker.close()
-        raise ValueError(  # noqa: TRY004 - what a user wrote
-            f"Custom.function is {target!r}, which cannot be loaded: {loaded}. "
-            "Correct the name, or what its file does when it is imported."
-        )
+def _travelling(function: Callable[..., Any], label: str) -> Code:
+    try:
+        return pickled(function, label)
+    except Exception as error:  # any object may refuse to be pickled, in any way
+        raise ValueError(
+            f"Custom.function {label} cannot be sent to a process of its own: {error!r}. "
+            "Put what it holds (a lock, an open file, a connection) inside the function, give it by name as "
+            "'path/to/file.py:fn', or pass timeout=None to call it here, in this process, without a time-out."
+        ) from error
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -1,14 +1,19 @@
-"""Graders that parse model text with sympy. They run in the isolated worker only.
+"""Graders that parse model text with sympy. They run in killable workers only, never in the trainer.
 
 math-verify stops itself by SIGALRM, which works there because the worker calls from its main
 thread; what hangs inside C is killed from outside. An answer that is too hard to parse is wrong.
-MathRuler hands text to sympy's parser, which evaluates it; it is used for `lookback` alone, to
-reproduce published scores.
+
+No text of a model is evaluated by code of ours. Both libraries hand some of it to sympy's `parse_expr`,
+which ends in Python's `eval`: math-verify only digits, brackets and operators (`9**9**9**9`, which the
+time-out ends), MathRuler texts with up to two different letters. It is used for `rule="lookback"` alone,
+to reproduce published scores, and sees nothing with a double underscore, without which Python's
+internals cannot be reached. The process is limited in time and memory and has no model in it.
 """
 
 from __future__ import annotations
 
 import logging
+import unicodedata
 from importlib import import_module
 
 
@@ -19,8 +24,11 @@ def math_equal(gold: str, answer: str, seconds: int) -> bool:
 
 def lookback_equal(gold: str, answer: str, seconds: int) -> bool:
     """The two graders of Look-Back's evaluation: MathRuler, else math-verify with the arguments exchanged."""
-    mathruler = import_module("mathruler.grader")
-    return bool(mathruler.grade_answer(answer, gold)) or _verify(answer, gold, seconds)
+    if "__" not in unicodedata.normalize("NFKC", answer):  # Python reads names in that form
+        mathruler = import_module("mathruler.grader")
+        if mathruler.grade_answer(answer, gold):
+            return True
+    return _verify(answer, gold, seconds)
 
 
 def _verify(gold: str, answer: str, seconds: int) -> bool:

@@ -10,47 +10,34 @@ always comes back within its time-outs, with the value or with a `RewardError` t
   replaced at the next call. It is always waited for, so there are no zombies.
 - It ends when the parent ends, even by `kill -9`: the pipe closes, the parent's id changes, and a
   hanging call is cut short by a timer in C.
+- One that died between two calls, or has grown too big, is replaced without a call being lost.
 
 Left out: a sandbox. A user's function has the user's rights. POSIX only.
 """
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
 import os
 import pickle
-import select
-import signal
-import struct
 import subprocess
 import sys
 import threading
 import time
+import uuid
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
+
+from reflectvlm.rewards import pipes
+from reflectvlm.rewards.pipes import RewardError
+
+__all__ = ["Code", "Parameters", "RewardError", "Worker", "pickled"]
 
 _SCRIPT = Path(__file__).with_name("worker.py")
-_POLL_MS = 200
-
-Kind = Literal["timeout", "crash", "error", "load"]
-
-
-class RewardError(Exception):
-    """Why a call gave no value. Returned by `Worker.call`, raised by rewards."""
-
-    def __init__(self, kind: Kind, reason: str, details: str = "") -> None:
-        super().__init__(kind, reason, details)
-        self.kind = kind
-        """timeout, crash (the process died), error (an exception), load (could not be imported)."""
-        self.reason = reason
-        self.details = details
-        """The traceback inside the worker, if there is one."""
-
-    def __str__(self) -> str:
-        return self.reason
+_MAX_GROWTH_BYTES = 1 << 30
 
 
 class Parameters(NamedTuple):
@@ -59,6 +46,27 @@ class Parameters(NamedTuple):
     required: tuple[str, ...]
     optional: tuple[str, ...]
     any: bool
+
+
+class Code(NamedTuple):
+    """A function that was given as an object, ready to travel; made by `pickled`."""
+
+    label: str
+    body: bytes
+    digest: str
+
+
+def pickled(function: Callable[..., Any], label: str) -> Code:
+    """The function as it is now, with what it refers to. Raises whatever its pickling raises.
+
+    Made with cloudpickle, which takes functions of a notebook or of the main script by value, as the
+    standard pickle cannot, and reads no more than the globals they use; those of an importable module
+    travel by name and are imported in the process.
+    """
+    import cloudpickle  # type: ignore[import-untyped]
+
+    body = cloudpickle.dumps(function)
+    return Code(label, body, hashlib.sha256(body).hexdigest())
 
 
 class Worker:
@@ -79,12 +87,16 @@ class Worker:
         self.memory_gib = memory_gib
         """Address space the process may use; None is unlimited."""
         self.max_calls = max_calls
-        """After so many calls a fresh process takes over: it bounds what a function leaks."""
+        """After so many calls a fresh process takes over: it bounds what a function leaks. So it does
+        once the process has grown by 1 GiB since its first call."""
         self.starts = 0
         """Processes started so far."""
         self._process: subprocess.Popen[bytes] | None = None
         self._end: weakref.finalize[..., Any] | None = None
         self._calls = 0
+        self._sent: set[str] = set()
+        self._memory: int | None = None
+        self._printed = pipes.Printed()
         self._owner = os.getpid()
         self._lock = threading.Lock()
 
@@ -92,20 +104,20 @@ class Worker:
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
-    def call(self, target: str, arguments: Mapping[str, Any], timeout: float) -> Any:
+    def call(self, target: str | Code, arguments: Mapping[str, Any], timeout: float) -> Any:
         """`target(**arguments)` with plain data, or a `RewardError` after at most `timeout` seconds.
 
-        `target` is `path/to/file.py:function`, `package.module:function` or
-        `package.module.function`. Arguments travel by pickle; the value must be JSON-like
-        (numbers, strings, lists, None), arrays become lists.
+        `target` is `path/to/file.py:function`, `package.module:function`,
+        `package.module.function` or `pickled(function)`. Arguments travel by pickle; the value must be
+        JSON-like (numbers, strings, lists, None), arrays become lists.
         """
         try:
             body = pickle.dumps(dict(arguments))
         except Exception as error:  # noqa: BLE001 - any object may refuse to be pickled, in any way
-            return RewardError("error", f"the arguments for {target} cannot be pickled: {error!r}")
+            return RewardError("error", f"the arguments for {_shown(target)} cannot be pickled: {error!r}")
         return self._request(target, body, timeout)[1]
 
-    def parameters(self, target: str) -> Parameters | RewardError:
+    def parameters(self, target: str | Code) -> Parameters | RewardError:
         """What `target` takes, found in the worker: the module is never imported here."""
         described, value = self._request(target, None, self.load_timeout)
         if isinstance(value, RewardError):
@@ -117,7 +129,13 @@ class Worker:
         with self._lock:
             self._stop()
 
-    def _request(self, target: str, body: bytes | None, timeout: float) -> tuple[dict[str, Any], Any]:
+    def abort(self) -> None:
+        """Ends a call that another thread waits for: it gets a `RewardError` at once."""
+        process = self._process
+        if process is not None and self._owner == os.getpid():
+            pipes.end_group(process)
+
+    def _request(self, target: str | Code, body: bytes | None, timeout: float) -> tuple[dict[str, Any], Any]:
         with self._lock:
             if self._owner != os.getpid():
                 self._forget()
@@ -134,40 +152,78 @@ class Worker:
                 self._stop()
                 raise
 
-    def _exchange(self, target: str, body: bytes | None, timeout: float) -> tuple[dict[str, Any], Any]:
-        process = self._running()
-        self._calls += 1
-        deadline = time.monotonic() + self.load_timeout
-        head = {"target": target, "call": body is not None, "load": self.load_timeout, "seconds": timeout}
-        _send(process, json.dumps(head).encode(), deadline)
-        _send(process, body or b"", deadline)
-        described = _receive(process, deadline, f"loading {target}", self.load_timeout)
-        if "error" in described:
-            raise RewardError("load", described["error"], described["traceback"])
-        reply = _receive(process, time.monotonic() + timeout, target, timeout)
+    def _exchange(self, target: str | Code, body: bytes | None, timeout: float) -> tuple[dict[str, Any], Any]:
+        process, described = self._loaded(target, body, timeout)
+        what = _shown(target)
+        reply = pipes.receive(process, self._printed, time.monotonic() + timeout, what, timeout)
+        self._watch_growth(reply)
         if "error" in reply:
             raise RewardError("error", reply["error"], reply["traceback"])
         return described, reply["value"]
 
+    def _loaded(
+        self, target: str | Code, body: bytes | None, timeout: float
+    ) -> tuple[subprocess.Popen[bytes], dict[str, Any]]:
+        """Asks, and waits until the function is loaded. What died since its last call, as when a reward
+        left a time bomb or closed our pipes, is no fault of this call: it gets a fresh process, once."""
+        used = self._process is not None
+        try:
+            return self._asked(target, body, timeout)
+        except RewardError as error:
+            if error.kind != "crash" or not used:
+                raise
+        self._stop()
+        return self._asked(target, body, timeout)
+
+    def _asked(
+        self, target: str | Code, body: bytes | None, timeout: float
+    ) -> tuple[subprocess.Popen[bytes], dict[str, Any]]:
+        process = self._running()
+        self._calls += 1
+        deadline = time.monotonic() + self.load_timeout
+        name, code = (target, b"") if isinstance(target, str) else (f"pickled {target.digest}", target.body)
+        head = {"target": name, "call": body is not None, "load": self.load_timeout, "seconds": timeout}
+        for message in (json.dumps(head).encode(), b"" if name in self._sent else code, body or b""):
+            pipes.send(process, self._printed, message, deadline)
+        described = pipes.receive(
+            process, self._printed, deadline, f"loading {_shown(target)}", self.load_timeout
+        )
+        if "error" in described:
+            raise RewardError("load", described["error"], described["traceback"])
+        self._sent.add(name)
+        return process, described
+
+    def _watch_growth(self, reply: Mapping[str, Any]) -> None:
+        memory = int(reply.get("memory", 0))
+        self._memory = memory if self._memory is None else self._memory
+        if memory - self._memory > _MAX_GROWTH_BYTES:
+            self._stop()
+
     def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is not None and not _dead(self._process):
+        if self._process is not None and not pipes.dead(self._process):
             return self._process
         self._stop()
+        mark = uuid.uuid4().hex
         process = subprocess.Popen(
             # -P: the folder of worker.py must not shadow modules by the names of its neighbours.
             [sys.executable, "-P", str(_SCRIPT)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             bufsize=0,
+            env={**os.environ, pipes.MARK: mark},
             start_new_session=True,
         )
-        self._process, self._calls = process, 0
-        self._end = weakref.finalize(self, _kill, process, os.getpid())
+        self._process, self._calls, self._memory = process, 0, None
+        self._sent = set()
+        self._end = weakref.finalize(self, pipes.kill, process, os.getpid(), mark)
         self.starts += 1
         assert process.stdin is not None
+        assert process.stderr is not None
         os.set_blocking(process.stdin.fileno(), False)
+        os.set_blocking(process.stderr.fileno(), False)
         start = {"sys_path": sys.path, "memory_gib": self.memory_gib}
-        _send(process, json.dumps(start).encode(), time.monotonic() + self.load_timeout)
+        pipes.send(process, self._printed, json.dumps(start).encode(), time.monotonic() + self.load_timeout)
         return process
 
     def _stop(self) -> None:
@@ -183,100 +239,5 @@ class Worker:
         self._owner = os.getpid()
 
 
-_shared: dict[tuple[int, str], Worker] = {}
-_shared_lock = threading.Lock()
-
-
-def shared_worker(name: str, memory_gib: float | None = None) -> Worker:
-    """The worker of this name in this process, made at the first use."""
-    with _shared_lock:
-        return _shared.setdefault((os.getpid(), name), Worker(memory_gib=memory_gib))
-
-
-def _dead(process: subprocess.Popen[bytes]) -> bool:
-    """Has it ended? Does not reap it: its id must stay taken until `_kill` has used it."""
-    if process.returncode is not None:
-        return True
-    try:
-        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    except ChildProcessError:
-        return True
-
-
-def _kill(process: subprocess.Popen[bytes], owner: int) -> None:
-    """Ends a worker with everything it started, and waits for it."""
-    if owner != os.getpid():
-        return
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            pipe.close()
-    process.wait()
-
-
-def _send(process: subprocess.Popen[bytes], body: bytes, deadline: float) -> None:
-    assert process.stdin is not None
-    fd = process.stdin.fileno()
-    data = memoryview(struct.pack("!Q", len(body)) + body)
-    while data:
-        _wait(process, fd, select.POLLOUT, deadline, "a worker that reads nothing", 0.0)
-        try:
-            data = data[os.write(fd, data[: 1 << 16]) :]
-        except BlockingIOError:
-            continue
-        except BrokenPipeError:
-            raise _crash(process) from None
-
-
-def _receive(process: subprocess.Popen[bytes], deadline: float, what: str, seconds: float) -> dict[str, Any]:
-    assert process.stdout is not None
-    fd = process.stdout.fileno()
-
-    def read(count: int) -> bytes:
-        data = bytearray()
-        while len(data) < count:
-            _wait(process, fd, select.POLLIN, deadline, what, seconds)
-            piece = os.read(fd, min(count - len(data), 1 << 20))
-            if not piece:
-                raise _crash(process)
-            data += piece
-        return bytes(data)
-
-    try:
-        reply = json.loads(read(struct.unpack("!Q", read(8))[0]))
-    except ValueError as error:
-        raise RewardError("crash", f"the reward's process sent something that is no reply: {error}") from None
-    assert isinstance(reply, dict)
-    return reply
-
-
-def _wait(
-    process: subprocess.Popen[bytes], fd: int, event: int, deadline: float, what: str, seconds: float
-) -> None:
-    """Until `fd` is ready. Looks at the process too: a grandchild may keep its pipe open."""
-    poll = select.poll()
-    poll.register(fd, event)
-    while True:
-        left = deadline - time.monotonic()
-        if poll.poll(max(0.0, min(left * 1000, _POLL_MS))):
-            return
-        if left <= 0:
-            raise RewardError(
-                "timeout", f"TimeoutError: {what} gave no answer in {seconds:g} s and was killed"
-            )
-        if _dead(process):
-            raise _crash(process)
-
-
-def _crash(process: subprocess.Popen[bytes]) -> RewardError:
-    patience = time.monotonic() + 1.0
-    while not _dead(process) and time.monotonic() < patience:
-        time.sleep(0.005)
-    if not _dead(process):
-        return RewardError("crash", "the reward's process closed its pipe")
-    _kill(process, os.getpid())
-    code = process.returncode
-    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-    return RewardError("crash", f"the reward's process died with {how}")
+def _shown(target: str | Code) -> str:
+    return target if isinstance(target, str) else target.label

@@ -18,7 +18,7 @@ from typing import ClassVar
 from reflectvlm.protocols import Reward
 from reflectvlm.rewards.accuracy import Accuracy
 from reflectvlm.rewards.layout import TagFormat
-from reflectvlm.rewards.rubric import OnError, Rubric
+from reflectvlm.rewards.rubric import MAX_FAILED_SHARE, OnError, Rubric
 from reflectvlm.tags import Found, Layout, qwen_la, tag_names
 from reflectvlm.types import Rollout
 
@@ -94,12 +94,14 @@ def brpo_rubric(
     extra_weights: Mapping[str, float] | None = None,
     on_error: OnError = "drop",
     max_failures: int | None = None,
+    max_failed_share: float | None = MAX_FAILED_SHARE,
 ) -> Rubric:
     """R as a rubric with the parts `accuracy`, `format` and `balance`; the layout is `qwen_la()` by default.
 
     The answer is read where the layout has it: in `<CONCLUSION>`, or in the box of one that ends with a
     box. `target_tokens`, `tag`, `none` and `clip` are those of `ReflectionBalance`. `extra` are further
-    rewards by name, added with `extra_weights`; `on_error` and `max_failures` are those of `Rubric`.
+    rewards by name, added with `extra_weights`; `on_error`, `max_failures` and `max_failed_share` are
+    those of `Rubric`.
     """
     layout = layout or qwen_la()
     if tag not in tag_names(layout):
@@ -123,6 +125,7 @@ def brpo_rubric(
         weights={**weights, **(extra_weights or {})},
         on_error=on_error,
         max_failures=max_failures,
+        max_failed_share=max_failed_share,
     )
 
 

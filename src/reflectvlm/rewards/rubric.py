@@ -6,8 +6,9 @@ A reward may give None for a rollout: it does not apply there (TRL's convention)
 the sum is over the rewards that apply, and only a rollout to which none applies is unscored.
 NaN is a failure.
 
-This file is the boundary for rewards: whatever they raise or return, the batch stays finite and
-every failure is told once. Weight 0.0 means measured and logged only.
+Whatever rewards raise or return, the batch stays finite, every failure is told and none too often.
+Weight 0.0 means measured and logged only. A reward that is called here, in this process, can still hang
+or crash the run: `Custom` runs one that is not trusted in a process that can be killed.
 """
 
 from __future__ import annotations
@@ -19,22 +20,20 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias
 
+from reflectvlm.advantages import LARGEST
 from reflectvlm.protocols import Reward
-from reflectvlm.rewards.isolation import RewardError
+from reflectvlm.rewards.asking import Group, Value, ask_all
+from reflectvlm.rewards.tally import Failure, Tally, described, failures
 from reflectvlm.types import Rollout, ScoredGroup
 
 _log = logging.getLogger("reflectvlm")
 OnError: TypeAlias = Literal["drop", "zero", "raise"]
 _POLICIES = ("drop", "zero", "raise")
+MAX_FAILED_SHARE = 0.25
 
 
 class RewardFailure(Exception):
     """A reward failed and the rubric was told not to go on."""
-
-
-@dataclass
-class _Tally:
-    failures: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +48,11 @@ class Rubric:
     """What a failure (an exception, NaN, infinity, a text, a wrong number of values) does to its
     rollouts. drop: they are unscored. zero: the reward counts as 0. raise: `RewardFailure`."""
     max_failures: int | None = None
-    """More failed values than this since the rubric was made raise `RewardFailure`; None is no limit."""
-    _tally: _Tally = field(default_factory=_Tally, init=False, repr=False, compare=False)
+    """More failed values than this since the run began raise `RewardFailure`; None is no limit."""
+    max_failed_share: float | None = MAX_FAILED_SHARE
+    """So does a reward that failed on a greater share than this of its latest 1,024 values, once it was
+    asked for 256; values it does not apply to and rewards of weight 0 do not count. None is no limit."""
+    _tally: Tally = field(default_factory=Tally, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         rewards, weights = set(self.rewards), set(self.weights)
@@ -71,6 +73,9 @@ class Rubric:
                     f"rubric.rewards[{name!r}] is {self.rewards[name]!r}. "
                     "A reward must be callable: a function of a group, or an object such as Accuracy()."
                 )
+        self._check_policy()
+
+    def _check_policy(self) -> None:
         if self.on_error not in _POLICIES:
             near = get_close_matches(str(self.on_error), _POLICIES, n=1, cutoff=0.0)[0]
             raise ValueError(
@@ -78,110 +83,120 @@ class Rubric:
             )
         if self.max_failures is not None and self.max_failures < 0:
             raise ValueError(f"rubric.max_failures is {self.max_failures}. It must be 0 or more, or None.")
+        if self.max_failed_share is not None and not 0 <= self.max_failed_share <= 1:
+            raise ValueError(
+                f"rubric.max_failed_share is {self.max_failed_share}. It must be in [0, 1], or None."
+            )
 
     def __call__(self, group: Sequence[Rollout], /) -> ScoredGroup:
-        rollouts = tuple(group)
-        parts = {name: self._measure(name, rollouts) for name in self.rewards}
+        return self.score([group])[0]
+
+    def score(self, groups: Sequence[Sequence[Rollout]], /) -> list[ScoredGroup]:
+        """Scores all groups of a step at once: rewards that wait for a process or a server do so together.
+
+        The values are those of one group after another, in the same order.
+        """
+        rows = [tuple(group) for group in groups]
+        asked = ask_all(self.rewards, rows)
+        for name, values in asked.items():
+            self._note(name, rows, values)
+        sums = [self._sums(group, {n: asked[n][at] for n in asked}) for at, group in enumerate(rows)]
+        overflows = [
+            (rollout, value)
+            for group, totals in zip(rows, sums, strict=True)
+            for rollout, value in zip(group, totals, strict=True)
+            if isinstance(value, OverflowError)
+        ]
+        self._report("the weighted sum", failures(overflows))
+        _let_go(asked)
+        return [
+            self._scored(group, {n: asked[n][at] for n in asked}, sums[at]) for at, group in enumerate(rows)
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """Failures so far, for a checkpoint: JSON-like, and small."""
+        return self._tally.state()
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on counting where `state` was taken, so that a resumed run has no new budget."""
+        self._tally.load(state)
+
+    def _sums(self, group: Group, parts: Mapping[str, Sequence[Value]]) -> list[Value]:
+        """The weighted sum per rollout; None where it is unscored, an OverflowError where it has none."""
         weighted = [name for name, weight in self.weights.items() if weight != 0]
-        totals, scored = [0.0] * len(rollouts), [True] * len(rollouts)
-        for row in range(len(rollouts)):
-            values = {name: parts[name][row] for name in weighted}
-            used = {name: value for name, value in values.items() if value is not None}
-            none_applies = bool(weighted) and not used
-            if none_applies or (self.on_error == "drop" and any(map(math.isnan, used.values()))):
-                scored[row] = False
+        sums: list[Value] = []
+        for row in range(len(group)):
+            used = {name: value for name in weighted if (value := parts[name][row]) is not None}
+            failed = any(isinstance(value, BaseException) for value in used.values())
+            if (weighted and not used) or (self.on_error == "drop" and failed):
+                sums.append(None)
                 continue
-            totals[row] = sum(
-                self.weights[name] * part for name, part in used.items() if not math.isnan(part)
-            )
-            if not math.isfinite(totals[row]):
-                self._report(
-                    "the weighted sum", rollouts[row : row + 1], OverflowError(f"parts {used} overflow")
-                )
-                totals[row], scored[row] = 0.0, self.on_error == "zero"
+            numbers = {name: value for name, value in used.items() if isinstance(value, float)}
+            total = float(sum(self.weights[name] * part for name, part in numbers.items()))
+            sums.append(total if abs(total) <= LARGEST else OverflowError(f"parts {numbers} overflow"))
+        return sums
+
+    def _scored(
+        self, group: Group, parts: Mapping[str, Sequence[Value]], sums: Sequence[Value]
+    ) -> ScoredGroup:
         return ScoredGroup(
-            rollouts=rollouts,
-            rewards=tuple(totals),
+            rollouts=group,
+            rewards=tuple(value if isinstance(value, float) else 0.0 for value in sums),
             parts={
-                name: tuple(math.nan if value is None else value for value in values)
+                name: tuple(value if isinstance(value, float) else math.nan for value in values)
                 for name, values in parts.items()
             },
-            scored=tuple(scored),
+            scored=tuple(
+                self.on_error == "zero" if isinstance(value, OverflowError) else value is not None
+                for value in sums
+            ),
         )
 
-    def _measure(self, name: str, rollouts: tuple[Rollout, ...]) -> list[float | None]:
-        """One reward's raw values; None where it does not apply, NaN where it failed and was reported."""
-        reward = self.rewards[name]
-        if getattr(reward, "rowwise", False):
-            return [self._ask(name, reward, (rollout,))[0] for rollout in rollouts]
-        return self._ask(name, reward, rollouts)
-
-    def _ask(self, name: str, reward: Reward, rollouts: tuple[Rollout, ...]) -> list[float | None]:
-        # Boundary: rewards are user code. sys.exit() in one must not end a training run either.
-        try:
-            values = _listed(reward(rollouts))
-            if len(values) != len(rollouts):
-                raise ValueError(f"it gave {len(values)} values for {len(rollouts)} rollouts")
-        except (Exception, SystemExit) as error:  # noqa: BLE001
-            self._report(name, rollouts, error)
-            return [math.nan] * len(rollouts)
-        return [self._number(name, value, rollout) for value, rollout in zip(values, rollouts, strict=True)]
-
-    def _number(self, name: str, value: Any, rollout: Rollout) -> float | None:
-        if value is None:
-            return None
-        try:
-            return _finite(value)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's value may do anything in float()
-            self._report(name, (rollout,), error)
-            return math.nan
-
-    def _report(self, name: str, rollouts: tuple[Rollout, ...], error: BaseException) -> None:
-        """Says once what failed, or raises if that is the policy or the budget is used up."""
-        ids = dict.fromkeys(rollout.prompt.sample.id for rollout in rollouts)
-        what = (
-            f"Reward {name!r} failed on sample {', '.join(map(repr, ids))}: {_reason(error)} "
-            f"({len(rollouts)} rollout{'s' if len(rollouts) != 1 else ''}"
+    def _note(self, name: str, groups: Sequence[Group], values: Sequence[Sequence[Value]]) -> None:
+        """Counts and tells one reward's failures, or raises if that is the policy or a budget is used up."""
+        pairs = [
+            (rollout, value)
+            for group, row in zip(groups, values, strict=True)
+            for rollout, value in zip(group, row, strict=True)
+        ]
+        failed = failures([(rollout, value) for rollout, value in pairs if isinstance(value, BaseException)])
+        asked = sum(value is not None for _, value in pairs)
+        self._report(name, failed, asked)
+        share, latest = self._tally.share(name)
+        if self.max_failed_share is None or share <= self.max_failed_share or self.weights[name] == 0:
+            return
+        last = f"{described(name, failed[-1])}). " if failed else ""
+        raise RewardFailure(
+            f"Reward {name!r} failed on {share:.0%} of its latest {latest:,} values, "
+            f"max_failed_share={self.max_failed_share:g}. {last}What trains is the rest, which is no fair "
+            "sample. Repair the reward, or raise rubric.max_failed_share; resume=auto goes on from the last "
+            "checkpoint."
         )
-        if self.on_error == "raise":
-            raise RewardFailure(f"{what}; on_error='raise').") from error
-        self._tally.failures += len(rollouts)
-        if self.max_failures is not None and self._tally.failures > self.max_failures:
+
+    def _report(self, name: str, failed: Sequence[Failure], asked: int = 0) -> None:
+        count = sum(len(failure.rollouts) for failure in failed)
+        if failed and self.on_error == "raise":
+            raise RewardFailure(f"{described(name, failed[0])}; on_error='raise').") from failed[0].error
+        if asked or count:
+            self._tally.count(name, count, asked or count)
+        if count and self.max_failures is not None and self._tally.failed > self.max_failures:
             raise RewardFailure(
-                f"{what}; {self._tally.failures} failures so far, max_failures={self.max_failures}). "
-                "Repair the reward, or raise rubric.max_failures."
-            ) from error
+                f"{described(name, failed[-1])}; {self._tally.failed} failures so far, "
+                f"max_failures={self.max_failures}). Repair the reward, or raise rubric.max_failures."
+            ) from failed[-1].error
         effect = "only measured" if self.weights.get(name) == 0 else f"on_error={self.on_error!r}"
-        _log.warning("%s; %s).", what, effect)
+        for line in self._tally.lines(name, failed, effect):
+            _log.warning("%s", line)
 
 
-def _listed(values: Any) -> list[Any]:
-    """The values as a list; arrays and tensors too. A text or a mapping is no list of numbers."""
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        raise TypeError(f"it gave {_short(values)}, not one number per rollout")
-    return list(values)
-
-
-def _finite(value: Any) -> float:
-    if isinstance(value, (str, bytes)):
-        raise TypeError(f"it gave {_short(value)}, not a number")
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"it gave {number}, not a finite number")
-    return number
-
-
-def _reason(error: BaseException) -> str:
-    """`RewardError` says its reason itself; of other errors the type matters."""
-    text = str(error).strip()
-    if isinstance(error, RewardError):
-        return text
-    return f"{type(error).__name__}: {text}" if text else repr(error)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _let_go(asked: Mapping[str, Sequence[Sequence[Value]]]) -> None:
+    """A traceback holds the frames that hold the error: such a ring would keep rewards, and their
+    processes, until the garbage collector comes by. What it had to tell has been told."""
+    for groups in asked.values():
+        for values in groups:
+            for value in values:
+                if isinstance(value, BaseException):
+                    value.__traceback__ = None
 
 
 def _names(names: Iterable[str]) -> str:

@@ -4,32 +4,42 @@ Started by `isolation.Worker` as a script of its own, so it may import nothing b
 library: no torch, no package of ours, and not the parent's main script. Only a function that asks for
 the `Rollout` objects themselves makes it import our types, and torch with them.
 
-A message is 8 bytes of length and a body. A request is two messages, a JSON head and the pickled
-keyword arguments. The reply is two JSON messages: the function is loaded; its result. Replies
-are JSON, so nothing that a user's function returns is ever unpickled in the trainer.
+A message is 8 bytes of length and a body. A request is three messages: a JSON head, the pickled function
+(empty if it is found by name, or was sent before) and the pickled keyword arguments. The reply is two JSON
+messages: the function is loaded; its result. Replies are JSON, so nothing that a user's function returns
+is ever unpickled in the trainer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import difflib
 import faulthandler
 import importlib
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import pickle
 import select
+import signal
 import struct
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 _IDLE_CHECK_MS = 2000
+_WATCH_SECONDS = 1.0
 _GRACE_SECONDS = 2.0
+_MAX_VALUES = 1_000_000
+_MAX_REPLY_CHARACTERS = 1 << 24
+_MAX_REASON_CHARACTERS = 2000
 
 
 def load(target: str) -> Callable[..., Any]:
@@ -87,13 +97,22 @@ def call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     ]
     named = {name: value for name, value in arguments.items() if name not in first}
     value = function(*(arguments[name] for name in first if name in arguments), **named)
-    if inspect.isawaitable(value):
+    return awaited(value) if inspect.isawaitable(value) else value
 
-        async def wait() -> Any:
-            return await value
 
+def awaited(value: Any) -> Any:
+    """The value of an awaitable, in whatever thread and loop we are."""
+
+    async def wait() -> Any:
+        return await value
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
         return asyncio.run(wait())
-    return value
+    # A notebook's cell runs inside a loop, and a loop cannot wait for another one in its own thread.
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, wait()).result()
 
 
 def _module_from_file(path: Path) -> Any:
@@ -110,11 +129,17 @@ def _module_from_file(path: Path) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays and tensors -> numbers, without importing their libraries."""
+    """Arrays, tensors and fractions -> numbers, without importing their libraries; iterators -> lists."""
     if hasattr(value, "tolist"):
         return value.tolist()
+    if isinstance(value, Iterator):
+        value = list(itertools.islice(value, _MAX_VALUES + 1))
     if isinstance(value, (list, tuple)):
+        if len(value) > _MAX_VALUES:
+            raise ValueError(f"it gave more than {_MAX_VALUES:,} values")
         return [_plain(item) for item in value]
+    if hasattr(value, "__float__") and not isinstance(value, (int, float)):
+        return float(value)
     return value
 
 
@@ -123,7 +148,7 @@ def _read(fd: int, count: int) -> bytes:
     while len(data) < count:
         piece = os.read(fd, min(count - len(data), 1 << 20))
         if not piece:
-            os._exit(0)  # the parent is gone
+            _leave()
         data += piece
     return bytes(data)
 
@@ -142,12 +167,17 @@ def _send(fd: int, owner: int, reply: dict[str, Any]) -> None:
 
 
 def _failure(error: BaseException) -> dict[str, Any]:
-    reason = "".join(traceback.format_exception_only(error)).strip()
-    return {"error": reason, "traceback": "".join(traceback.format_exception(error))[-4000:]}
+    try:
+        reason = "".join(traceback.format_exception_only(error)).strip()
+        told = "".join(traceback.format_exception(error))
+    except BaseException:  # noqa: BLE001 - an exception of a user's class may fail when it is printed
+        reason = told = f"{type(error).__name__}, which cannot be printed"
+    return {"error": reason[:_MAX_REASON_CHARACTERS], "traceback": told[-4000:]}
 
 
 def _answer(
     head: dict[str, Any],
+    code: bytes,
     body: bytes,
     loaded: dict[str, Callable[..., Any]],
     send: Callable[[dict[str, Any]], None],
@@ -158,7 +188,7 @@ def _answer(
     # Boundary: whatever a user's file does, sys.exit included, is told to the parent as a reason.
     try:
         if target not in loaded:
-            loaded[target] = load(target)
+            loaded[target] = pickle.loads(code) if code else load(target)
         described = describe(loaded[target])
         if {"group", "rollouts"} & {*described["required"], *described["optional"]}:
             # It gets `Rollout` objects. What unpickling them takes is loaded here, not in the call's time.
@@ -170,10 +200,19 @@ def _answer(
     end_after(head["seconds"])
     try:
         reply = {"value": _plain(call(loaded[target], pickle.loads(body))) if head["call"] else None}
-        json.dumps(reply)
+        if len(json.dumps(reply)) > _MAX_REPLY_CHARACTERS:
+            raise ValueError("it gave more than 16 MiB")
     except BaseException as error:  # noqa: BLE001
         reply = _failure(error)
-    send(reply)
+    send(reply | {"memory": _memory()})
+
+
+def _memory() -> int:
+    """Bytes of memory this process holds now; 0 where that cannot be read."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _wait_for_request(fd: int, parent: int) -> None:
@@ -182,14 +221,35 @@ def _wait_for_request(fd: int, parent: int) -> None:
     while not poll.poll(_IDLE_CHECK_MS):
         # A process forked from the parent may hold our pipe open, so its end alone is no proof.
         if os.getppid() != parent:
-            os._exit(0)
+            _leave()
 
 
-def _limit_memory(gib: float) -> None:
+def _watch(parent: int) -> None:
+    """A call that sleeps or computes in Python must not outlive the parent by its whole time-out; one that
+    hangs in C with the interpreter lock does, and the timer ends it."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_SECONDS)
+        _leave()
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def _leave() -> None:
+    """The parent is gone: ends this process and those it started, if it leads their group."""
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(0)
+
+
+def _limit(gib: float | None) -> None:
     import resource
 
-    size = int(gib * 2**30)
-    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a reward that crashes at every row fills no disk
+    if gib:
+        size = int(gib * 2**30)
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
 def main() -> None:
@@ -200,8 +260,8 @@ def main() -> None:
     os.dup2(2, 1)  # what a reward prints goes to stderr and never between the replies
     start = json.loads(_receive(requests))
     sys.path[:] = start["sys_path"]
-    if start["memory_gib"]:
-        _limit_memory(start["memory_gib"])
+    _limit(start["memory_gib"])
+    _watch(parent)
 
     def send(reply: dict[str, Any]) -> None:
         _send(replies, owner, reply)
@@ -213,8 +273,8 @@ def main() -> None:
     loaded: dict[str, Callable[..., Any]] = {}
     while True:
         _wait_for_request(requests, parent)
-        head, body = json.loads(_receive(requests)), _receive(requests)
-        _answer(head, body, loaded, send, end_after)
+        head, code, body = json.loads(_receive(requests)), _receive(requests), _receive(requests)
+        _answer(head, code, body, loaded, send, end_after)
         faulthandler.cancel_dump_traceback_later()
 
 

@@ -4,6 +4,7 @@ ones and gold ones alike."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -227,17 +228,23 @@ def place_recorded(
     before = place == "before" or (place == "auto" and special)
     blocks = _checked(choices, prompt)
     tags: list[tuple[int, int]] = []
-    while found := next_trigger(policy, ids, reattention.trigger, _reach(tags), _reach(tags)):
+    # Tags that share a token count one by one here, as `recorded` counts them.
+    while found := next_trigger(policy, ids, reattention.trigger, tags[-1][1] if tags else 0):
         tags.append(found)
     if len(tags) != len(blocks):
         raise ValueError(
             f"Row {prompt.sample.id!r} has {len(blocks)} recorded insertions, but {reattention.trigger!r} "
             f"stands {len(tags)} times in its answer. Record them again for this answer."
         )
+    shown = [(tag, one) for tag, one in zip(tags, blocks, strict=True) if one]
+    if any(second[0] < first[1] for (first, _), (second, _) in itertools.pairwise(shown)):
+        raise ValueError(
+            f"Row {prompt.sample.id!r} has recorded insertions at two {reattention.trigger!r} that share a "
+            "token. Record them again for this answer."
+        )
     return [
         Placed(start=start, stop=stop, insertion=Insertion(before=one) if before else Insertion(after=one))
-        for (start, stop), one in zip(tags, blocks, strict=True)
-        if one
+        for (start, stop), one in shown
     ]
 
 
@@ -255,10 +262,6 @@ def _checked(choices: Any, prompt: Prompt) -> list[tuple[Visual, ...]]:
             f"Row {prompt.sample.id!r} has {choices!r} for recorded insertions. Per insertion a list of "
             "blocks is wanted, each [image, kept tokens or null]: [[[0, [3, 4, 9]]]]."
         ) from error
-
-
-def _reach(tags: Sequence[tuple[int, int]]) -> int:
-    return tags[-1][1] if tags else 0
 
 
 def _before_sampled(spans: Spans) -> Spans:

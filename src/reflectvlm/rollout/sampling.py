@@ -15,6 +15,19 @@ from torch import Tensor
 from reflectvlm.types import SamplingParams
 
 
+class NonFiniteLogits(RuntimeError):
+    """Nothing can be drawn: the logits of a row are NaN or infinite."""
+
+    def __init__(self, sample: str, member: int, token: int, temperature: float) -> None:
+        self.sample, self.member, self.token = sample, member, token
+        super().__init__(
+            f"Row {sample!r}, rollout {member} of its group, token {token}: the policy's logits are NaN or "
+            "infinite. A weight is (the last update may have broken it: go on from the checkpoint before), "
+            "float16 overflows (use compute=bfloat16), or they do when divided by "
+            f"sampling.temperature={temperature}."
+        )
+
+
 def uniforms(seed: int, prompt: int, member: int, count: int) -> Float[Tensor, " count"]:
     """The random numbers in [0, 1) of one rollout, one per token."""
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, prompt, member])))
@@ -26,7 +39,8 @@ def draw(
 ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
     """(ids, their log-probs). The log-probs are those before top-k, top-p and min-p cut: see
     `SamplingParams`. Inverse transform sampling: the first id whose cumulated probability exceeds
-    the uniform number, so an id of probability 0 is never drawn."""
+    the uniform number, so an id of probability 0 is never drawn. Of logits that hold NaN or +inf the
+    log-prob is NaN, whatever the id."""
     logprobs = torch.log_softmax(logits / params.logprob_temperature, dim=-1)
     if params.temperature == 0:
         ids = logprobs.argmax(-1)

@@ -16,25 +16,22 @@ import hashlib
 import json
 import logging
 import os
-import random
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-JSON: TypeAlias = Any
-"""What `json` can write: None, bool, int, float, str, and lists and string-keyed dicts of them."""
+from reflectvlm.train.packing import JSON
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: what the checkpoint belongs to is in it (`keeping.py`)."""
 
 logger = logging.getLogger(__name__)
 
@@ -109,14 +106,32 @@ class CheckpointStore:
     def latest(self) -> Path | None:
         """The valid checkpoint with the highest step, or None. Every byte is compared with its
         manifest; each folder that differs is skipped with a warning that says where."""
-        for path in self._candidates():
-            try:
-                _verify(path)
-            except _Invalid as reason:
-                logger.warning("Checkpoint %s is skipped: %s", path, reason)
-            else:
-                return path
-        return None
+        while True:
+            candidates = self._candidates()
+            for path in candidates:
+                try:
+                    _verify(path)
+                except _Invalid as reason:
+                    if path.exists():  # else the writer has rotated it away since
+                        logger.warning("Checkpoint %s is skipped: %s", path, reason)
+                else:
+                    return path
+            if self._candidates() == candidates:
+                return None
+
+    def tidy(self) -> Path | None:
+        """Remove what killed processes left, and return `latest`. For the one process that writes, before it
+        begins: a run with nothing left to save would keep those files for ever."""
+        newest = self.latest()
+        for leftover in self.folder.glob(".tmp-*"):
+            _remove(leftover)
+        for aside in self.folder.glob(".old-step-*"):
+            if aside == newest:
+                newest = aside.with_name(aside.name.removeprefix(".old-"))
+                _rename(aside, newest)
+            elif newest is not None:
+                _remove(aside)
+        return newest
 
     def load(self, path: Path, *, verify: bool = True) -> Checkpoint:
         """Read one checkpoint, tensors on the CPU. `verify=False` compares sizes only: enough for
@@ -129,16 +144,27 @@ class CheckpointStore:
                 f"{path} is no valid checkpoint: {reason}. Choose another step, or resume=auto for the "
                 "newest valid one."
             ) from None
-        tensors = {name: load_file(path / f"{name}.safetensors") for name in manifest["tensors"]}
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        try:
+            tensors = {name: load_file(path / f"{name}.safetensors") for name in manifest["tensors"]}
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        except (OSError, RuntimeError, SafetensorError) as error:  # rotated away by now, or no such format
+            raise ValueError(
+                f"{path} is no valid checkpoint: it cannot be read ({error}). Choose another step, or "
+                "resume=auto for the newest valid one."
+            ) from error
         return Checkpoint(step=manifest["step"], tensors=tensors, state=state, path=path)
 
-    def truncate_after(self, step: int) -> None:
-        """Drop all checkpoints with a step above `step`. Call it when a run is taken up again from
-        an earlier checkpoint than the newest: a later resume must not mix two histories."""
+    def supersede_after(self, step: int) -> None:
+        """Take all checkpoints above `step` out of the count. Call it when a run is taken up again from
+        an earlier one than the newest: a later resume must not mix two histories. They are renamed to
+        `superseded-…` and never deleted: only who made them knows whether they are still wanted."""
         for path in self._candidates():
             if _step_of(path) > step:
-                _delete(path)
+                target = path.with_name(f"superseded-{path.name.removeprefix('.old-')}")
+                while target.exists():
+                    target = target.with_name(f"{target.name}-again")
+                _rename(path, target)
+                logger.warning("Checkpoint %s is kept as %s and counts no more", path.name, target)
 
     def _candidates(self) -> list[Path]:
         """Folders that may be checkpoints, newest first. One put aside counts only if nothing stands
@@ -163,106 +189,6 @@ class CheckpointStore:
                     _delete(path)
         except OSError as error:
             logger.warning("Old checkpoints in %s could not be deleted: %s", self.folder, error)
-
-
-# ---------------------------------------------------------------------------------------------
-# Any nested state as tensors + JSON.
-
-
-class Packed(NamedTuple):
-    """A nested Python value taken apart: its tensors by path, and JSON with the rest."""
-
-    tensors: dict[str, Tensor]
-    json: JSON
-
-
-def pack(value: Any) -> Packed:
-    """Take a nest of dicts, lists, tuples, numbers, strings and tensors apart. `unpack` undoes it
-    exactly: tuples stay tuples, int keys stay ints, dtypes stay."""
-    tensors: dict[str, Tensor] = {}
-    return Packed(tensors, _encode(value, "", tensors))
-
-
-def unpack(tensors: Mapping[str, Tensor], packed: JSON) -> Any:
-    """The value that `pack` took apart."""
-    if not isinstance(packed, dict):
-        return packed
-    ((kind, body),) = packed.items()
-    if kind == "tensor":
-        return tensors[body]
-    if kind == "dict":
-        return {unpack(tensors, key): unpack(tensors, item) for key, item in body}
-    items = [unpack(tensors, item) for item in body]
-    return tuple(items) if kind == "tuple" else items
-
-
-def optimizer_to_tensors(state_dict: Mapping[str, Any]) -> Packed:
-    """An optimiser's (or schedule's) `state_dict()` without pickle; exact for AdamW."""
-    return pack(dict(state_dict))
-
-
-def optimizer_from_tensors(tensors: Mapping[str, Tensor], packed: JSON) -> dict[str, Any]:
-    """What to give to `optimizer.load_state_dict`."""
-    state: dict[str, Any] = unpack(tensors, packed)
-    return state
-
-
-def rng_state() -> Packed:
-    """The global random states of python, numpy, torch and every CUDA device."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    return pack(
-        {
-            "python": random.getstate(),
-            "numpy": (str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
-    )
-
-
-def set_rng_state(tensors: Mapping[str, Tensor], packed: JSON) -> None:
-    """Put the states of `rng_state` back."""
-    state = unpack(tensors, packed)
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"].cpu())
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if devices != len(state["cuda"]):
-        logger.warning(
-            "The checkpoint holds random states of %d CUDA devices, this machine has %d: what is drawn "
-            "on a GPU will differ from the interrupted run.",
-            len(state["cuda"]),
-            devices,
-        )
-    for device, one in enumerate(state["cuda"][:devices]):
-        torch.cuda.set_rng_state(one.cpu(), device)
-
-
-def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> JSON:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Tensor):
-        name = path or "value"
-        while name in tensors:  # the keys 1 and "1" read the same
-            name += "'"
-        tensors[name] = value.detach()
-        return {"tensor": name}
-    if isinstance(value, Mapping):
-        return {
-            "dict": [
-                [_encode(key, f"{path}/{key}?", tensors), _encode(item, f"{path}/{key}".lstrip("/"), tensors)]
-                for key, item in value.items()
-            ]
-        }
-    if isinstance(value, list | tuple):
-        kind = "tuple" if isinstance(value, tuple) else "list"
-        items = [_encode(item, f"{path}/{i}".lstrip("/"), tensors) for i, item in enumerate(value)]
-        return {kind: items}
-    raise ValueError(
-        f"{path or 'The value'} is a {type(value).__name__}, which a checkpoint cannot hold. "
-        "Convert it to numbers, strings, lists, dicts or tensors."
-    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -382,6 +308,15 @@ class _Invalid(Exception):
     """Why a folder is no checkpoint."""
 
 
+def problem_of(path: Path) -> str | None:
+    """Why a folder is no valid checkpoint, every byte compared; None if it is one."""
+    try:
+        _verify(path)
+    except (_Invalid, ValueError) as reason:
+        return str(reason)
+    return None
+
+
 def _verify(path: Path, *, content: bool = True) -> dict[str, Any]:
     """The manifest of a valid checkpoint; `_Invalid` names the first file that differs."""
     manifest = _manifest(path)
@@ -389,9 +324,13 @@ def _verify(path: Path, *, content: bool = True) -> dict[str, Any]:
         file = path / name
         if not file.is_file():
             raise _Invalid(f"{name} is missing")
-        if (size := file.stat().st_size) != expected["size"]:
+        try:
+            size, digest = file.stat().st_size, _sha256(file) if content else expected["sha256"]
+        except OSError as error:
+            raise _Invalid(f"{name} cannot be read: {error.strerror or error}") from None
+        if size != expected["size"]:
             raise _Invalid(f"{name} has {size} bytes, its manifest says {expected['size']}")
-        if content and _sha256(file) != expected["sha256"]:
+        if digest != expected["sha256"]:
             raise _Invalid(f"{name} has another sha256 than its manifest says")
     return manifest
 
@@ -407,10 +346,11 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise _Invalid("manifest.json is damaged") from None
     if not intact:
         raise _Invalid("manifest.json is damaged")
-    if manifest["format"] > FORMAT_VERSION:
+    if manifest["format"] != FORMAT_VERSION:
+        remedy = "Update reflectvlm to read it" if manifest["format"] > FORMAT_VERSION else "Start anew"
         raise ValueError(
-            f"{path} has checkpoint format {manifest['format']}; this version of reflectvlm reads up to "
-            f"{FORMAT_VERSION}. Update reflectvlm to read it."
+            f"{path} has checkpoint format {manifest['format']}; this version of reflectvlm reads "
+            f"{FORMAT_VERSION}. {remedy}."
         )
     if manifest["step"] != _step_of(path):
         raise _Invalid(f"manifest.json is that of step {manifest['step']}")

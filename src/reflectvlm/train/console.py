@@ -24,12 +24,13 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from reflectvlm.html import pieces, tag_color
 from reflectvlm.train.evaluate import PLAIN_NAMES
 from reflectvlm.train.reflections import for_display
+from reflectvlm.train.table import Table
 from reflectvlm.types import ScoredGroup
 
 
@@ -96,13 +97,6 @@ class Writable(Protocol):
     def fileno(self) -> int: ...
 
 
-class Comparison(NamedTuple):
-    """A before/after table, for the terminal and for a file."""
-
-    table: Table
-    markdown: str
-
-
 @dataclass
 class Console:
     """A `Tracker` for people. Call `close` in a `finally`: it gives the terminal its cursor back."""
@@ -166,15 +160,10 @@ class Console:
             self._live.stop()
             self._live = None
 
-    def table(
-        self, title: str, before: Mapping[str, float | int], after: Mapping[str, float | int]
-    ) -> Comparison:
-        """Print what changed, and return it as a rich table and as markdown."""
+    def table(self, title: str, before: Mapping[str, float | int], after: Mapping[str, float | int]) -> Table:
+        """Print what changed, and return it."""
         comparison = compare(title, before, after, self.labels or {})
-        self._out().print(
-            Text(title, style="bold"), soft_wrap=True
-        )  # rich would wrap it to the table's width
-        self._out().print(comparison.table)
+        comparison.show(self._out())
         return comparison
 
     def say(self, line: str) -> None:
@@ -234,12 +223,12 @@ class Console:
             box=box.ROUNDED,
         )
 
-    def _grid(self) -> Table:
+    def _grid(self) -> RichTable:
         """Label, value, trend; in two columns side by side where there is room."""
         rows = list(self._rows(self._values))
         columns = 2 if self._out().width >= 80 else 1
         trends = self._out().width >= 36
-        grid = Table.grid(padding=(0, 1), expand=True)
+        grid = RichTable.grid(padding=(0, 1), expand=True)
         for _ in range(columns):
             grid.add_column(overflow="ellipsis", no_wrap=True, ratio=1)
             grid.add_column(justify="right", no_wrap=True, min_width=8, style="bold")
@@ -258,24 +247,18 @@ class Console:
 
 def compare(
     title: str, before: Mapping[str, float | int], after: Mapping[str, float | int], labels: Mapping[str, str]
-) -> Comparison:
+) -> Table:
     """Every key of either side that is for display: known ones first and in order, with the change where
     both exist."""
     told = {**for_display(before), **for_display(after)}
     keys = in_order(told)
     keys += [key for key in told if key not in keys]
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("metric")
-    for column in ("before", "after", "change"):
-        table.add_column(column, justify="right")
-    lines = [f"### {title}", "", "| metric | before | after | change |", "|---|---:|---:|---:|"]
+    table = Table(title, ("metric", "before", "after", "change"))
     for key in keys:
         old, new = before.get(key, math.nan), after.get(key, math.nan)
-        label = label_of(key, labels)
-        cells = [label, format_value(key, old), format_value(key, new), _change(key, old, new)]
-        table.add_row(*(Text(cell) for cell in cells))
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return Comparison(table, "\n".join(lines) + "\n")
+        values = format_value(key, old), format_value(key, new), _change(key, old, new)
+        table.add(label_of(key, labels), *values)
+    return table
 
 
 def results(values: Mapping[str, float | int]) -> dict[str, float | int]:
@@ -336,8 +319,8 @@ def colored(text: str) -> Text:
     return out
 
 
-def _bar(done: float) -> Table:
-    line = Table.grid(expand=True)  # a bar alone ends without a line break and swallows what follows
+def _bar(done: float) -> RichTable:
+    line = RichTable.grid(expand=True)  # a bar alone ends without a line break and swallows what follows
     line.add_row(
         ProgressBar(
             total=1.0, completed=done, style="bright_black", complete_style="cyan", finished_style="green"

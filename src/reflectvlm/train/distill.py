@@ -8,26 +8,23 @@ gold answer instead of a strong model's. How rows are written and resumed is in 
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
-from reflectvlm.data.rows import BadRow
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.protocols import Reattention, RolloutEngine
 from reflectvlm.reattention import Implicit, check_reattention
 from reflectvlm.rewards.rubric import Rubric
 from reflectvlm.rollout.engine import InProcessEngine
-from reflectvlm.train.cursor import row_at
 from reflectvlm.train.distill_run import COLUMNS, Distilled, run_distillation
+from reflectvlm.train.feed import Feed
+from reflectvlm.train.row_rules import RowRules
 from reflectvlm.train.run import Output
 from reflectvlm.train.runtime import Runtime
-from reflectvlm.types import Instruction, Prompt, Rollout, Sample, SamplingParams, ScoredGroup
-
-log = logging.getLogger("reflectvlm")
+from reflectvlm.types import Instruction, Prompt, Rollout, Sample, SamplingParams, ScoredGroup, Spans
 
 LAYOUT = "format"
 """The reward whose failure counts as a broken layout rather than a wrong answer."""
@@ -63,7 +60,9 @@ class Distiller:
     target: str = "trace"
     """Column of the answers: of the gold ones in the data, and of all of them in the rows."""
     max_prompt_tokens: int = 2048
-    """Rows with a longer prompt are left out, by name."""
+    """What becomes of rows with a longer prompt is in `row_rules`; an image's tokens are never cut."""
+    row_rules: RowRules = field(default_factory=RowRules)
+    """What becomes of rows that cannot be read or are too long."""
     tag: str = "<REFLECTION>"
     """Whose rate is reported."""
     seed: int = 0
@@ -115,25 +114,14 @@ class Distiller:
     # -- one batch ------------------------------------------------------------------------------
 
     def prompts(self, batch: int) -> list[Prompt]:
-        """The prompts of a batch. Rows that cannot be asked are named."""
-        return [prompt for place in self.places(batch) if (prompt := self._prompt(place)) is not None]
+        """The prompts of a batch, without the rows that `row_rules` leave out."""
+        return [prompt for prompt, _ in self.feed.these(self.places(batch))]
 
-    def _prompt(self, place: int) -> Prompt | None:
-        try:
-            sample = row_at(self.data, place, self.seed)
-        except BadRow as error:
-            log.warning("row left out: %s", error)
-            return None
+    def _asked(self, sample: Sample) -> Spans:
+        """No answer is given yet, but one that a repair would need is missed before anything is asked."""
         if self.wrong == "repair":
-            self.gold(sample)  # told before anything is asked
-        prompt = self.policy.prompt(sample, self.instruction)
-        if (length := self.policy.prompt_length(prompt)) <= self.max_prompt_tokens:
-            return prompt
-        log.warning(
-            "row %s left out: its prompt has %d tokens, max_prompt_tokens is %d",
-            sample.id, length, self.max_prompt_tokens,
-        )  # fmt: skip
-        return None
+            self.gold(sample)
+        return ()
 
     def answers(self, prompts: Sequence[Prompt], batch: int) -> list[ScoredGroup]:
         """Random numbers depend on the seed and the batch alone, so a restart draws the same ones."""
@@ -143,7 +131,7 @@ class Distiller:
         groups = self.rollout_engine.generate(
             prompts, self.samples_per_row, self.sampling, self.reattention, seed=seed
         )
-        return [self.rubric(group) for group in groups]
+        return self.rubric.score(groups)
 
     def good(self, group: ScoredGroup) -> Rollout | None:
         """The best of the answers that are good, the first of equals."""
@@ -172,6 +160,19 @@ class Distiller:
         return group.parts[reward][number] >= self.accept[reward]  # never true of NaN
 
     # -- parts made once ------------------------------------------------------------------------
+
+    @functools.cached_property
+    def feed(self) -> Feed:
+        return Feed(
+            data=self.data,
+            policy=self.policy,
+            seed=self.seed,
+            rules=self.row_rules,
+            limit=self.max_prompt_tokens,
+            limit_name="max_prompt_tokens",
+            instruction=lambda _: self.instruction,
+            answer=self._asked,
+        )
 
     @functools.cached_property
     def rollout_engine(self) -> RolloutEngine:

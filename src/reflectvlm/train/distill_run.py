@@ -22,10 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from reflectvlm.data.fingerprint import fingerprint
+from reflectvlm.interrupt import Abandoned, abandonable, committed
 from reflectvlm.rollout.placing import answer_spans, place_insertions, recorded
-from reflectvlm.train.canary import check_sight
+from reflectvlm.train.checks import check_start
+from reflectvlm.train.checks_signal import NothingKept
 from reflectvlm.train.console import Console
 from reflectvlm.train.evaluate import summarize
+from reflectvlm.train.row_rules import Counts
 from reflectvlm.train.run import Metrics
 from reflectvlm.train.run_folder import RunFolder
 from reflectvlm.train.signals import StopRequest
@@ -94,26 +98,11 @@ def run_distillation(distiller: Distiller) -> Distilled:
     """Asks all rows, or goes on where an earlier run stopped."""
     output = distiller.output
     name = "-".join(part for part in (distiller.name, distiller.variant) if part)
-    recipe, overrides = output.recipe_yaml, output.overrides
-    if output.resume in ("auto", "never"):
-        folder = RunFolder.create(
-            output.root, name, recipe_yaml=recipe, overrides=overrides, resume=output.resume
-        )
-    else:
-        folder = RunFolder.reopen(_existing(output.resume), recipe_yaml=recipe, overrides=overrides)
-    with folder, StopRequest() as stop:
+    with (
+        RunFolder.open(name, output, "batches.jsonl") as folder,
+        StopRequest(output.max_minutes) as stop,
+    ):
         return _Run(distiller, folder, stop).run()
-
-
-def _existing(path: str) -> Path:
-    """The run folder named by `resume=PATH`."""
-    folder = Path(path)
-    if not (folder / "batches.jsonl").is_file():
-        raise ValueError(
-            f"resume={path!r} is no folder of a distillation: it has no batches.jsonl. "
-            "Give the folder of one, or auto, or never."
-        )
-    return folder.absolute()
 
 
 class _Run:
@@ -127,6 +116,8 @@ class _Run:
         self.console = Console(folder.path.name, distiller.batches, every=output.print_every)
         self.trackers = Trackers((self.console, JsonLines(folder.path), *output.trackers))
         self.done, self.tally = 0, Tally()
+        self.nothing_kept = NothingKept()
+        self.data = fingerprint(distiller.data)
 
     def run(self) -> Distilled:
         if self.folder.finished:
@@ -138,17 +129,19 @@ class _Run:
         self.trackers.start({"name": self.folder.path.name, "steps": self.distiller.batches})
         try:
             if not self.done:
-                self._check_sight()
+                self._check_start()
             while self.done < self.distiller.batches and not self.stop.requested:
-                self._batch()
+                with abandonable(lambda: self.stop.requested):
+                    self._batch()
+        except Abandoned:
+            pass  # a batch that was not finished has left nothing behind
         finally:
             self.trackers.close()
         return self._stopped() if self.done < self.distiller.batches else self._end()
 
-    def _check_sight(self) -> None:
-        if self.distiller.output.canary:
-            _ = self.distiller.rollout_engine  # moves the policy to its device
-            check_sight(self.distiller.policy, self.distiller.prompts(0)[:4])
+    def _check_start(self) -> None:
+        if self.distiller.output.checks:
+            check_start(self.distiller, self.console.say)
 
     def _batch(self) -> None:
         started = time.perf_counter()
@@ -166,6 +159,8 @@ class _Run:
             metrics = summarize(groups, distiller.tag) | {"kept": tally.kept / tally.asked}
             self.trackers.metrics(self.done, metrics | {"time/step": time.perf_counter() - started})
             self.trackers.rollouts(self.done, groups)
+        if told := self.nothing_kept.after(self.done, tally.asked, tally.kept, tally.repaired):
+            self.console.say(told)
 
     def _row(self, prompt: Prompt, group: ScoredGroup) -> tuple[dict[str, Any] | None, Tally]:
         distiller, sample = self.distiller, prompt.sample
@@ -211,16 +206,24 @@ class _Run:
 
     def _append(self, lines: Sequence[Mapping[str, Any]], tally: Tally) -> None:
         """Rows first, then the line that says they are whole."""
+        committed()
         _write(self.rows, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         self.done += 1
         self.tally = self.tally.plus(tally)
-        entry = {"batch": self.done, "bytes": self.rows.stat().st_size, **tally._asdict()}
+        size = self.rows.stat().st_size
+        entry = {"batch": self.done, "bytes": size, "data": self.data, **tally._asdict()}
         _write(self.progress, json.dumps(entry) + "\n")
 
     def _restore(self) -> None:
         """Goes back to the last batch whose rows are all there; whatever follows is dropped."""
         size = self.rows.stat().st_size if self.rows.is_file() else 0
         entries = [entry for entry in _whole_lines(self.progress) if entry["bytes"] <= size]
+        if entries and entries[-1]["data"] != self.data:
+            raise ValueError(
+                f"{self.folder.path} was begun with other rows (then {entries[-1]['data']}, now "
+                f"{self.data}). "
+                "Put the earlier ones back, or start anew with resume=never."
+            )
         text = "".join(json.dumps(entry) + "\n" for entry in entries)
         for path in (self.rows, self.progress):
             path.touch()
@@ -230,6 +233,9 @@ class _Run:
         for entry in entries:
             self.tally = self.tally.plus(Tally(**{name: entry[name] for name in Tally._fields}))
         self.trackers.truncate_after(self.done)
+        # What the rules for rows count is in the tally already.
+        tried, left_out = self.tally.asked + self.tally.left_out, self.tally.left_out
+        self.distiller.feed.counts = Counts(tried=tried, unreadable=left_out)
         if entries:
             log.info("resumed %s at batch %d of %d", self.folder.path, self.done, self.distiller.batches)
 
@@ -237,7 +243,7 @@ class _Run:
 
     def _stopped(self) -> Distilled:
         self.console.say(
-            f"stopped by {self.stop.signal_name} after batch {self.done} of {self.distiller.batches}; "
+            f"stopped by {self.stop.reason} after batch {self.done} of {self.distiller.batches}; "
             f"saved in {self.folder.path}. Go on with resume=auto."
         )
         return self._result(finished=False)

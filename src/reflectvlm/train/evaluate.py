@@ -45,7 +45,7 @@ class Evaluation:
     ) -> tuple[dict[str, float], list[ScoredGroup]]:
         prompts = [policy.prompt(self.data[i], instruction) for i in range(len(self.data))]
         sampling = SamplingParams(max_tokens=self.max_tokens, temperature=0.0)
-        groups = [rubric(group) for group in engine.generate(prompts, 1, sampling, reattention, seed=0)]
+        groups = rubric.score(engine.generate(prompts, 1, sampling, reattention, seed=0))
         return summarize(groups, self.tag), groups
 
 

@@ -1,105 +1,122 @@
 """The run around the steps: folder, trackers, checkpoints, evaluations, signals, the table at the end.
 
-The loop knows neither SFT nor RL: it asks a `Trainable` for one step after another.
+The loop knows neither SFT nor RL: it asks a `Trainable` for one step after another. When a stop is asked
+for, the step or evaluation at hand is given up at its next safe point (`interrupt.py`) and taken again by
+the run that goes on; what was done before is saved.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Mapping
-from pathlib import Path
+import os
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
+
 from reflectvlm import stages
+from reflectvlm.interrupt import Abandoned, abandonable
 from reflectvlm.models.freezing import trainable_table
-from reflectvlm.train.canary import check_sight
-from reflectvlm.train.checkpoint import (
-    CheckpointStore,
-    optimizer_from_tensors,
-    optimizer_to_tensors,
-    rng_state,
-    set_rng_state,
-)
+from reflectvlm.train import keeping
+from reflectvlm.train.changes import of_a_trainer
+from reflectvlm.train.changes import table as table_of_changes
+from reflectvlm.train.checkpoint import CheckpointStore
+from reflectvlm.train.checks import check_start
+from reflectvlm.train.checks_signal import NoSignal
 from reflectvlm.train.console import Console, results
 from reflectvlm.train.dump import dump_batch
+from reflectvlm.train.packing import rng_state, set_rng_state
 from reflectvlm.train.plots import curves
 from reflectvlm.train.run import Metrics, RunResult, StepResult, Trainable
 from reflectvlm.train.run_folder import RunFolder
+from reflectvlm.train.saver import Saver
 from reflectvlm.train.signals import StopRequest
 from reflectvlm.train.trackers import JsonLines, TensorBoard, Trackers
 from reflectvlm.train.update import NonFinite
 
 log = logging.getLogger("reflectvlm")
 
+_MOST_DUMPS = 3
+"""Batches that are written for inspection in one run."""
+
 
 def run_training(trainer: Trainable) -> RunResult:
     """Runs a trainer from its first step, or from its last good checkpoint, to its end."""
     output = trainer.output
     name = "-".join(part for part in (trainer.name, trainer.variant) if part)
-    recipe, overrides = output.recipe_yaml, output.overrides
-    if output.resume in ("auto", "never"):
-        folder = RunFolder.create(
-            output.root, name, recipe_yaml=recipe, overrides=overrides, resume=output.resume
-        )
-    else:
-        folder = RunFolder.reopen(_existing(output.resume), recipe_yaml=recipe, overrides=overrides)
-        name = folder.path.name
-    with folder, StopRequest() as stop:
-        return _Loop(trainer, folder, stop, name).run()
-
-
-def _existing(path: str) -> Path:
-    """The run folder named by `resume=PATH`."""
-    folder = Path(path)
-    if not (folder / "checkpoints").is_dir():
-        raise ValueError(
-            f"resume={path!r} is no run folder: it has no checkpoints/. "
-            "Give the folder of a run, or auto, or never."
-        )
-    return folder.absolute()
+    folder = RunFolder.open(name, output, "checkpoints", of_a_trainer)
+    with folder, StopRequest(output.max_minutes) as stop:
+        shown = name if output.resume in ("auto", "never") else folder.path.name
+        return _Loop(trainer, folder, stop, shown).run()
 
 
 class _Loop:
     def __init__(self, trainer: Trainable, folder: RunFolder, stop: StopRequest, name: str) -> None:
         self.trainer, self.folder, self.stop, self.output = trainer, folder, stop, trainer.output
         self.store = CheckpointStore(folder.checkpoints, keep=self.output.keep)
+        self.saver = Saver(self.store)
         self.jsonl = JsonLines(folder.path)
         self.console = Console(name, trainer.steps, every=self.output.print_every)
         self.tensorboard = TensorBoard(folder.tensorboard)
         self.trackers = Trackers((self.console, self.jsonl, self.tensorboard, *self.output.trackers))
+        self.about: dict[str, Any] = {}
         self.done = 0
         self.saved: int | None = None
-        """Step of the newest checkpoint."""
+        """Step of the newest checkpoint, written or being written."""
         self.before: Metrics = {}
+        self.begun = False
+        """What is measured before the first step has been."""
+        self.owes_evaluation = False
+        """The evaluation that step `done` calls for was given up."""
+        self.no_signal = NoSignal()
+        self.left_out = 0
+        """Batches without a finite loss so far."""
 
     def run(self) -> RunResult:
         trainer = self.trainer
         trainer.prepare()
         if finished := self._finished():
             return finished
-        resumed = self._restore()
+        self.about = keeping.about(trainer)
+        self.stop.reserve = _seconds_to_save(trainer.policy.module)
+        self._restore()
         self.trackers.start(
             {"name": self.folder.path.name, "steps": trainer.steps, "folder": str(self.folder.path)}
         )
         try:
             self._introduce()
-            if not resumed:
-                self._begin()
-            while self.done < trainer.steps and not self.stop.requested:
-                self._step()
-            if self.done < trainer.steps:
-                return self._stopped()
-            return self._end()
+            ended = self._all_steps()
+            return self._end() if ended else self._stopped()
+        except Abandoned:
+            return self._stopped()
         finally:
             self.trackers.close()
+            self._leave_no_save()
+
+    def _all_steps(self) -> bool:
+        """Whether the last step was reached."""
+        if not self.begun:
+            with self._given_up_if_asked():
+                self._begin()
+        if self.owes_evaluation:
+            self._validate()
+        while self.done < self.trainer.steps:
+            if self.stop.requested:
+                return False
+            self._step()
+        return True
 
     def _introduce(self) -> None:
-        """What trains, and on which rows."""
+        """What trains, on which rows, and what is other than when the run began."""
+        if self.folder.changed:
+            self.console.say(table_of_changes(self.folder.changed, self.folder.path).markdown)
         model = getattr(self.trainer.policy, "model", None)
         for part, total, trains in trainable_table(model) if model is not None else ():
             self.console.say(f"{part}: {total:,} parameters, {trains:,} train")
-        report = getattr(getattr(self.trainer, "data", None), "report", None)
+        report = getattr(self.trainer.data, "report", None)
         if report is not None:
             lines = report.lines() if hasattr(report, "lines") else [str(report)]
             self.folder.rows.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -107,27 +124,24 @@ class _Loop:
 
     def _begin(self) -> None:
         """What is measured once, before the first step."""
-        if self.output.canary:
-            check_sight(self.trainer.policy, self.trainer.canary_prompts())
+        if self.output.checks:
+            check_start(self.trainer, self.console.say)
         if self.trainer.test is not None:
-            self.before, groups = self.trainer.evaluate(self.trainer.test)
+            before, groups = self.trainer.evaluate(self.trainer.test)
             self.trackers.rollouts(0, groups)
+            self.before = before
+        self.begun = True
         self._validate()
 
     def _step(self) -> None:
         try:
-            result = self.trainer.step(self.done)
+            with self._given_up_if_asked():
+                result = self.trainer.step(self.done)
         except NonFinite as error:
-            where = dump_batch(
-                self.folder.path / f"nonfinite-step-{self.done + 1}",
-                error.batch,
-                str(error),
-                row_ids=getattr(self.trainer, "row_ids", ()),
-            )
-            raise NonFinite(
-                f"Step {self.done + 1}, batch saved in {where}: {error.what}", error.batch
-            ) from error
+            where = self._dump(error, self.done + 1)
+            raise NonFinite(f"Step {self.done + 1}, {where}: {error.what}", error.batch) from error
         self.done += 1
+        self._count_left_out()
         self._report(result)
         last = self.done == self.trainer.steps
         if last or _due(self.done, self.output.eval_every):
@@ -135,62 +149,137 @@ class _Loop:
         if last or _due(self.done, self.output.save_every):
             self._save()
 
+    @contextlib.contextmanager
+    def _given_up_if_asked(self) -> Iterator[None]:
+        """A block that can be given up; the trainer is then as it was before it."""
+        state, generators = self.trainer.state(), rng_state()
+        try:
+            with abandonable(lambda: self.stop.requested):
+                yield
+        except Abandoned:
+            self.trainer.load_state(state)
+            set_rng_state(*generators)
+            raise
+
     def _report(self, result: StepResult) -> None:
         self.trackers.metrics(self.done, result.metrics)
+        share = result.metrics.get("useful_groups")
+        if share is not None and (told := self.no_signal.after(self.done, share)):
+            self.console.say(told)
         every = self.output.samples_every
         if result.groups and (_due(self.done, every) or (every and self.done == 1)):
             self.trackers.rollouts(self.done, result.groups)
 
     def _validate(self) -> None:
         if self.output.eval_every and self.trainer.evaluation is not None:
-            values, _ = self.trainer.evaluate(self.trainer.evaluation)
+            self.owes_evaluation = True
+            with self._given_up_if_asked():
+                values, _ = self.trainer.evaluate(self.trainer.evaluation)
             self.trackers.metrics(self.done, {f"eval/{name}": value for name, value in values.items()})
+            self.owes_evaluation = False
+
+    # -- batches that are no numbers --------------------------------------------------------------
+
+    def _count_left_out(self) -> None:
+        """Tells and counts what the updater left out; past the budget the run stops."""
+        skipped = self.trainer.updater.skipped
+        while skipped:
+            error = skipped.pop(0)
+            self.left_out += 1
+            where = self._dump(error, self.done) if self.left_out <= _MOST_DUMPS else "not saved again"
+            log.warning(
+                "step %d: %s is not finite; the batch is left out (%d of at most %d; %s)",
+                self.done, error.what, self.left_out, self.trainer.max_nonfinite, where,
+            )  # fmt: skip
+            if self.left_out > self.trainer.max_nonfinite:
+                raise NonFinite(
+                    f"Step {self.done}: {error.what}, for the {self.left_out}th time with max_nonfinite="
+                    f"{self.trainer.max_nonfinite},",
+                    error.batch,
+                )
+
+    def _dump(self, error: NonFinite, step: int) -> str:
+        folder = self.folder.path / f"nonfinite-step-{step}"
+        while folder.exists():  # several updates of one step
+            folder = folder.with_name(f"{folder.name}-again")
+        try:
+            dump_batch(
+                folder,
+                error.batch,
+                str(error),
+                row_ids=self.trainer.row_ids,
+                step=step,
+                decode=self.trainer.policy.decode,
+            )
+        except OSError as problem:  # a full disk must not hide what went wrong
+            return f"the batch could not be saved: {problem}"
+        return f"batch saved in {folder}"
 
     # -- checkpoints ----------------------------------------------------------------------------
 
     def _save(self) -> None:
-        module, optimizer = self.trainer.policy.module, self.trainer.updater.optimizer
-        packed, generators = optimizer_to_tensors(optimizer.state_dict()), rng_state()
-        self.store.save(
-            self.done,
-            tensors={"model": module.state_dict(), "optimizer": packed.tensors, "rng": generators.tensors},
-            state={
-                "trainer": self.trainer.state(),
-                "optimizer": packed.json,
-                "rng": generators.json,
-                "before": self.before,
-            },
-        )
-        self.saved = self.done
+        loop = {
+            "before": self.before,
+            "begun": self.begun,
+            "owes_evaluation": self.owes_evaluation,
+            "left_out": self.left_out,
+            "logged": self.jsonl.sizes(),
+        }
+        tensors, state = keeping.snapshot(self.trainer, self.about, loop)
+        with self._told_if_not_saved():
+            self.saver.wait()  # an older one that failed must not keep this one from being tried
+        with self._told_if_not_saved():
+            self.saver.save(self.done, tensors=tensors, state=state)
+            self.saved = self.done
+        # A stop must leave time for one more save.
+        self.stop.reserve = max(self.stop.reserve, 2 * self.saver.seconds + 1)
 
-    def _restore(self) -> bool:
-        path = self.store.latest()
+    @contextlib.contextmanager
+    def _told_if_not_saved(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self.output.on_save_error == "stop":
+                raise
+            log.warning("%s Training goes on without it (on_save_error=continue).", error)
+
+    def _save_surely(self) -> None:
+        """The state as it is now is on the disk when this returns."""
+        with self._told_if_not_saved():
+            self.saver.wait()
+        if self.saver.saved != self.done:
+            self._save()
+            self.saver.wait()
+
+    def _leave_no_save(self) -> None:
+        """A run that ends with an error still lets the save that is being written come to its end."""
+        with contextlib.suppress(Exception):  # the run's own error is the one to tell
+            self.saver.wait()
+
+    def _restore(self) -> None:
+        path = self.folder.checkpoint or self.store.tidy()
         if path is None:
             # A run cut off before its first checkpoint starts anew, and so does its log.
             self.trackers.truncate_after(-1)
-            return False
-        checkpoint = self.store.load(path, verify=False)  # `latest` has just compared every byte
-        module, optimizer = self.trainer.policy.module, self.trainer.updater.optimizer
-        module.load_state_dict(checkpoint.tensors["model"])
-        optimizer.load_state_dict(
-            optimizer_from_tensors(checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
-        )
-        set_rng_state(checkpoint.tensors["rng"], checkpoint.state["rng"])
-        state: Mapping[str, Any] = checkpoint.state
-        self.trainer.load_state(state["trainer"])
-        self.before, self.done = dict(state["before"]), checkpoint.step
-        self.saved = self.done
+            return
+        # `latest` has just compared every byte
+        checkpoint = self.store.load(path, verify=self.folder.checkpoint is not None)
+        loop = keeping.put_back(self.trainer, checkpoint, self.about)
+        if self.folder.checkpoint is not None:
+            self.store.supersede_after(checkpoint.step)
+        self.before, self.begun = dict(loop["before"]), loop["begun"]
+        self.owes_evaluation, self.left_out = loop["owes_evaluation"], loop["left_out"]
+        self.done = self.saved = self.saver.saved = checkpoint.step
         self.trackers.truncate_after(self.done)
+        self.jsonl.truncate_to(loop["logged"])
         log.info("resumed %s at step %d of %d", self.folder.path, self.done, self.trainer.steps)
-        return True
 
     # -- ends -----------------------------------------------------------------------------------
 
     def _stopped(self) -> RunResult:
-        if self.saved != self.done:  # also after step 0: what was measured before it is kept
-            self._save()
+        self._save_surely()  # also after step 0: what was measured before it is kept
         self.console.say(
-            f"stopped by {self.stop.signal_name} after step {self.done} of {self.trainer.steps}; "
+            f"stopped by {self.stop.reason} after step {self.done} of {self.trainer.steps}; "
             f"saved in {self.folder.path}. Go on with resume=auto."
         )
         return RunResult(
@@ -202,19 +291,30 @@ class _Loop:
         )
 
     def _end(self) -> RunResult:
+        self._save_surely()
         after: Metrics = {}
         if self.trainer.test is not None:
-            after, groups = self.trainer.evaluate(self.trainer.test)
+            with self._given_up_if_asked():
+                after, groups = self.trainer.evaluate(self.trainer.test)
             self.trackers.rollouts(self.done, groups)
-        self.trainer.policy.save(self.folder.model)
+        self._write_model()
         self.trackers.close()
         title = f"{stages.without_digest(self.folder.path.name)}: held-out rows, greedy"
         shown = results(self.before), results(after)
         markdown = self.console.table(title, *shown).markdown if after else title
+        self._draw()  # before the summary, which says that the run is finished
         self.folder.write_summary({"before": self.before, "after": after, "steps": self.done}, markdown)
-        self._draw()
         self.console.say(f"model, curves, samples and metrics are in {self.folder.path}")
         return RunResult(folder=self.folder.path, before=self.before, after=after, finished=True)
+
+    def _write_model(self) -> None:
+        """Aside first: half a model never stands where a whole one is looked for."""
+        aside = self.folder.model.with_name(".model.tmp")
+        for old in (aside, self.folder.model):
+            if old.exists():
+                shutil.rmtree(old)
+        self.trainer.policy.save(aside)
+        os.rename(aside, self.folder.model)
 
     def _draw(self) -> None:
         try:
@@ -234,6 +334,11 @@ class _Loop:
         return RunResult(
             folder=self.folder.path, before=summary["before"], after=summary["after"], finished=True
         )
+
+
+def _seconds_to_save(module: nn.Module) -> float:
+    """A guess for the first save: weights and two moments, half a gigabyte a second."""
+    return 1 + 3 * sum(one.numel() * one.element_size() for one in module.parameters()) / 5e8
 
 
 def _due(step: int, every: int) -> bool:

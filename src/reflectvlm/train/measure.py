@@ -69,7 +69,7 @@ def measure(
         rewards={**rubric.rewards, **measures},
         weights={**rubric.weights, **dict.fromkeys(measures, 0.0)},
     )
-    return figures_of([judge(group) for group in groups], seconds)
+    return figures_of(judge.score(groups), seconds)
 
 
 def figures_of(groups: Sequence[ScoredGroup], seconds: float) -> Figures:

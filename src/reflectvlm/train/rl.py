@@ -12,13 +12,13 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from reflectvlm.advantages import GroupMean
 from reflectvlm.batch import Batch
-from reflectvlm.data.rows import BadRow
 from reflectvlm.models.carried import carry
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.objectives import ClippedSurrogate
@@ -26,10 +26,11 @@ from reflectvlm.protocols import Advantage, Objective, Reattention, RolloutEngin
 from reflectvlm.reattention import Implicit, check_reattention
 from reflectvlm.rewards.rubric import Rubric
 from reflectvlm.rollout.engine import InProcessEngine
-from reflectvlm.train.cursor import row_at
 from reflectvlm.train.evaluate import DEFAULT_TAG, Evaluation, summarize
+from reflectvlm.train.feed import Feed
 from reflectvlm.train.loop import run_training
 from reflectvlm.train.optim import AdamW
+from reflectvlm.train.row_rules import RowRules
 from reflectvlm.train.run import Metrics, Output, RunResult, StepResult
 from reflectvlm.train.runtime import Runtime
 from reflectvlm.train.update import Updater, score_without_grad
@@ -53,6 +54,21 @@ class DynamicSampling:
             raise ValueError(f"DynamicSampling.max_rounds is {self.max_rounds}. It must be at least 1.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReferenceSync:
+    """Every so many steps the reference takes a step towards the policy (TR-DPO, arXiv 2404.09656, soft
+    update): reference <- mix * policy + (1 - mix) * reference."""
+
+    every: int = 500
+    mix: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"ReferenceSync.every is {self.every}. It must be at least 1 step.")
+        if not 0 < self.mix <= 1:
+            raise ValueError(f"ReferenceSync.mix is {self.mix}. It must be above 0 and at most 1.")
+
+
 @dataclass(kw_only=True, eq=False)
 class RLTrainer:
     """A recipe is this constructor's call, written down.
@@ -74,7 +90,9 @@ class RLTrainer:
     """G, rollouts per prompt."""
     prompts_per_step: int = 8
     max_prompt_tokens: int = 2048
-    """Rows with a longer prompt are left out, by name; a prompt is never cut."""
+    """What becomes of rows with a longer prompt is in `row_rules`; an image's tokens are never cut."""
+    row_rules: RowRules = field(default_factory=RowRules)
+    """What becomes of rows that cannot be read or are too long."""
     advantage: Advantage = field(default_factory=GroupMean)
     objective: Objective = field(default_factory=ClippedSurrogate)
     updates_per_step: int = 1
@@ -88,7 +106,13 @@ class RLTrainer:
     dynamic_sampling: DynamicSampling | None = None
     drop_truncated: bool = False
     """DAPO's overlong filtering: rollouts cut by the token budget teach nothing."""
+    reference_sync: ReferenceSync | None = None
+    """Lets the reference of the KL term follow the policy; None keeps it where the run began."""
     optimizer: AdamW = field(default_factory=AdamW)
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is no number does: stop the run, or leave out the batch."""
+    max_nonfinite: int = 10
+    """With skip: batches that a run may leave out."""
     micro_rows: int = 16
     evaluation: Evaluation | None = None
     """Validation rows, for the curve."""
@@ -129,6 +153,13 @@ class RLTrainer:
             )
         if len(self.data) == 0:
             raise ValueError("data has no rows. Check its path and its filters.")
+        if self.max_nonfinite < 0:
+            raise ValueError(f"max_nonfinite is {self.max_nonfinite}. It must be 0 or more.")
+        if self.reference_sync is not None and getattr(self.objective, "kl", None) is None:
+            raise ValueError(
+                "reference_sync is set, but the objective has no KL term, so there is no reference. Give "
+                "objective.kl, or leave reference_sync out."
+            )
         if self.prompts_per_step % self.updates_per_step:
             raise ValueError(
                 f"updates_per_step={self.updates_per_step} does not divide prompts_per_step="
@@ -151,6 +182,7 @@ class RLTrainer:
         trained = [group for group in scored if any(group.scored)] if self.keep_equal_groups else useful
         if trained:
             metrics |= self.update(trained, step)
+        self._sync_reference(step)
         ended = time.perf_counter()
         tokens = sum(len(r.sampled_ids) for group in scored for r in group.rollouts)
         metrics |= {
@@ -160,6 +192,15 @@ class RLTrainer:
             "time/tokens_per_second": tokens / (ended - started),
         }
         return StepResult(metrics=metrics, groups=scored)
+
+    def _sync_reference(self, step: int) -> None:
+        sync = self.reference_sync
+        if sync is None or self.reference is None or (step + 1) % sync.every:
+            return
+        theirs = dict(self.policy.module.named_parameters())
+        with torch.no_grad():
+            for name, parameter in self.reference.module.named_parameters():
+                parameter.lerp_(theirs[name].to(parameter.dtype), sync.mix)
 
     def _check_scored(self, groups: Sequence[ScoredGroup]) -> None:
         """A reward that always fails would let the run end well without having learned anything."""
@@ -183,7 +224,7 @@ class RLTrainer:
             self.row_ids += tuple(prompt.sample.id for prompt in prompts)
             seed = _mixed(self.seed, step, number)
             groups = self.rollouts(prompts, seed)
-            scored = [self.rubric(group) for group in groups]
+            scored = self.rubric.score(groups)
             if self.drop_truncated:
                 scored = [group.without_truncated() for group in scored]
             kept += scored
@@ -200,40 +241,9 @@ class RLTrainer:
         return [tuple(dataclasses.replace(r, policy_version=self.updates) for r in group) for group in groups]
 
     def next_prompts(self, count: int) -> list[Prompt]:
-        """The next rows as prompts. A row that can no longer be read, or whose prompt is too long, is
-        named and passed over."""
-        prompts: list[Prompt] = []
-        passed = 0
-        while len(prompts) < count:
-            prompt = self._next_prompt()
-            if prompt is not None:
-                prompts.append(prompt)
-                continue
-            passed += 1
-            if passed > min(len(self.data), 1000):
-                raise ValueError(
-                    f"{passed} rows in a row could not be used; the reasons are above. If their prompts are "
-                    f"longer than max_prompt_tokens={self.max_prompt_tokens}, raise it or lower max_pixels."
-                )
-        return prompts
-
-    def _next_prompt(self) -> Prompt | None:
-        place = self.position
-        self.position += 1
-        try:
-            sample = row_at(self.data, place, self.seed)
-        except BadRow as error:
-            log.warning("row left out: %s", error)
-            return None
-        prompt = self.policy.prompt(sample, self.instruction)
-        length = self.policy.prompt_length(prompt)
-        if length <= self.max_prompt_tokens:
-            return prompt
-        log.warning(
-            "row %s left out: its prompt has %d tokens, max_prompt_tokens is %d",
-            sample.id, length, self.max_prompt_tokens,
-        )  # fmt: skip
-        return None
+        """The next rows as prompts, without those that `row_rules` leave out."""
+        items, self.position = self.feed.take(count, self.position)
+        return [prompt for prompt, _ in items]
 
     def batch(self, groups: Sequence[ScoredGroup]) -> Batch:
         """Groups -> one batch. Unscored rollouts are left out: their advantage is 0."""
@@ -271,6 +281,18 @@ class RLTrainer:
     # -- parts made once ------------------------------------------------------------------------
 
     @functools.cached_property
+    def feed(self) -> Feed:
+        return Feed(
+            data=self.data,
+            policy=self.policy,
+            seed=self.seed,
+            rules=self.row_rules,
+            limit=self.max_prompt_tokens,
+            limit_name="max_prompt_tokens",
+            instruction=lambda _: self.instruction,
+        )
+
+    @functools.cached_property
     def runtime(self) -> Runtime:
         return Runtime()
 
@@ -301,6 +323,7 @@ class RLTrainer:
             micro_rows=self.micro_rows,
             max_grad_norm=self.optimizer.max_grad_norm,
             temperature=self.sampling.logprob_temperature,
+            on_nonfinite=self.on_nonfinite,
         )
 
     # -- what the loop needs --------------------------------------------------------------------
@@ -312,17 +335,35 @@ class RLTrainer:
         _ = self.reference, self.updater
 
     def canary_prompts(self) -> list[Prompt]:
-        rows = (row_at(self.data, i, self.seed) for i in range(min(4, len(self.data))))
-        return [self.policy.prompt(row, self.instruction) for row in rows]
+        return self.feed.first(4)
 
     def evaluate(self, evaluation: Evaluation) -> tuple[Metrics, list[ScoredGroup]]:
         return evaluation(self.policy, self.rollout_engine, self.rubric, self.instruction, self.reattention)
 
     def state(self) -> dict[str, Any]:
-        return {"position": self.position, "updates": self.updates}
+        return {
+            "position": self.position,
+            "updates": self.updates,
+            "unscored_steps": self.unscored_steps,
+            "rows": self.feed.state(),
+            "rubric": self.rubric.state(),
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.position, self.updates = state["position"], state["updates"]
+        self.unscored_steps = state["unscored_steps"]
+        self.feed.load_state(state["rows"])
+        self.rubric.load_state(state["rubric"])
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """A reference that stays is made anew from the start; one that moves must be kept."""
+        if self.reference_sync is None or self.reference is None:
+            return {}
+        return {"reference": self.reference.module.state_dict()}
+
+    def load_tensors(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        if self.reference_sync is not None and self.reference is not None:
+            self.reference.module.load_state_dict(dict(tensors["reference"]))
 
     def run(self) -> RunResult:
         """The whole run: canary, steps, evaluations, checkpoints, the table at the end."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
 
 from reflectvlm.protocols import Policy, Tracker
 from reflectvlm.train.evaluate import Evaluation
-from reflectvlm.types import Prompt, ScoredGroup
+from reflectvlm.types import Prompt, Sample, ScoredGroup
 
 Metrics = dict[str, float]
 
@@ -28,7 +30,7 @@ class RunResult:
     before: Metrics
     after: Metrics
     finished: bool
-    """False: a signal stopped it; `exit_code` says which."""
+    """False: a signal or `max_minutes` stopped it; `exit_code` says which."""
     exit_code: int = 0
 
     @property
@@ -43,20 +45,26 @@ class Output:
 
     root: str = "runs"
     resume: str = "never"
-    """never: a new folder; auto: go on with the newest unfinished run of this name and recipe; or a
-    run folder."""
+    """never: a new folder; auto: go on with the newest unfinished run of this name and recipe, from its
+    newest valid checkpoint; or a run folder; or one of its checkpoints, which must be valid."""
     save_every: int = 50
     """Steps between checkpoints; 0 for none but the last step's."""
     keep: int = 2
     """Newest checkpoints that stay."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """What a full disk does: stop the run, or warn and try again at the next save. The last save of a run
+    must succeed either way."""
+    max_minutes: float | None = None
+    """Stop, save and exit with code 75 before so many minutes of this command are over; None is no
+    limit."""
     eval_every: int = 0
     """Steps between evaluations on the validation rows; 0 for none."""
     samples_every: int = 10
     """Steps between written rollouts of the training; 0 for none."""
     trackers: Sequence[Tracker] = ()
     """Further trackers, e.g. wandb; console, JSONL and TensorBoard are always there."""
-    canary: bool = True
-    """Check at the start that the policy sees its images."""
+    checks: bool = True
+    """Check at the start what would make the run worthless; `reflectvlm doctor` makes these checks alone."""
     print_every: int = 10
     """Steps between two printed lines when there is no terminal."""
     recipe_yaml: str | None = None
@@ -69,10 +77,15 @@ class Output:
             ("samples_every", 0, "0 is for never"),
             ("keep", 1, "the newest checkpoint always stays"),
             ("print_every", 1, "1 prints every step"),
+            ("max_minutes", 0, "null is no limit"),
         ):
             value = getattr(self, name)
-            if value < least:
+            if value is not None and value < least:
                 raise ValueError(f"output.{name} is {value}. It must be at least {least}; {meaning}.")
+        if self.on_save_error not in ("stop", "continue"):
+            raise ValueError(
+                f"output.on_save_error is {self.on_save_error!r}. It must be 'stop' or 'continue'."
+            )
         if not isinstance(self.resume, str) or not self.resume:
             raise ValueError(
                 f"output.resume is {self.resume!r}. It must be auto, never, or the folder of a run."
@@ -88,8 +101,11 @@ class Trainable(Protocol):
     evaluation: Evaluation | None
     test: Evaluation | None
     output: Output
+    data: Sequence[Sample]
     row_ids: tuple[str, ...]
     """Ids of the rows of the current step; a batch that breaks the run is reported with them."""
+    max_nonfinite: int
+    """Batches with a loss or gradient that is no number that a run may leave out."""
 
     @property
     def policy(self) -> Policy: ...
@@ -110,3 +126,8 @@ class Trainable(Protocol):
         ...
 
     def load_state(self, state: Mapping[str, Any]) -> None: ...
+    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """What a resumed run needs beside weights and moments: a reference that moves."""
+        ...
+
+    def load_tensors(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None: ...

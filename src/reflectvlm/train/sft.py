@@ -7,8 +7,11 @@ import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from torch import Tensor
+
+from reflectvlm.data.rows import BadRow
 from reflectvlm.models.carried import carry
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.objectives import CrossEntropy
@@ -17,11 +20,11 @@ from reflectvlm.reattention import Implicit, check_reattention
 from reflectvlm.rewards.rubric import Rubric
 from reflectvlm.rollout.engine import InProcessEngine
 from reflectvlm.rollout.placing import answer_spans, place_insertions, place_recorded
-from reflectvlm.spans import count_tokens
-from reflectvlm.train.cursor import row_at
 from reflectvlm.train.evaluate import Evaluation
+from reflectvlm.train.feed import Feed
 from reflectvlm.train.loop import run_training
 from reflectvlm.train.optim import AdamW
+from reflectvlm.train.row_rules import Item, RowRules
 from reflectvlm.train.run import Metrics, Output, RunResult, StepResult
 from reflectvlm.train.runtime import Runtime
 from reflectvlm.train.update import Updater
@@ -53,9 +56,15 @@ class SFTTrainer:
     engine: Callable[..., RolloutEngine] = InProcessEngine
     rows_per_step: int = 16
     max_tokens: int = 4096
-    """A row longer than this is refused, by name."""
+    """Of prompt and gold answer, with its blocks. What becomes of longer rows is in `row_rules`."""
+    row_rules: RowRules = field(default_factory=lambda: RowRules(on_bad="error", on_long="error"))
+    """What becomes of rows that cannot be read, have no gold answer or are too long."""
     objective: Objective = field(default_factory=CrossEntropy)
     optimizer: AdamW = field(default_factory=lambda: AdamW(lr=1e-5))
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is no number does: stop the run, or leave out the batch."""
+    max_nonfinite: int = 10
+    """With skip: batches that a run may leave out."""
     micro_rows: int = 16
     evaluation: Evaluation | None = None
     test: Evaluation | None = None
@@ -74,6 +83,8 @@ class SFTTrainer:
         for name in ("steps", "rows_per_step", "micro_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}. It must be at least 1.")
+        if self.max_nonfinite < 0:
+            raise ValueError(f"max_nonfinite is {self.max_nonfinite}. It must be 0 or more.")
         if len(self.data) == 0:
             raise ValueError("data has no rows. Check its path and its filters.")
         if close := getattr(self.reattention, "close", None):
@@ -84,8 +95,7 @@ class SFTTrainer:
 
     def step(self, step: int) -> StepResult:
         started = time.perf_counter()
-        sequences = self.sequences(range(self.position, self.position + self.rows_per_step))
-        self.position += len(sequences)
+        sequences = self.next_sequences()
         self.row_ids = tuple(prompt.sample.id for prompt, _ in sequences)
         batch = self.policy.batch(sequences)
         counts = self.runtime.sum({"tokens": batch.num_tokens, "sequences": batch.num_sequences})
@@ -97,55 +107,71 @@ class SFTTrainer:
         metrics |= {"time/step": seconds, "time/tokens_per_second": counts["tokens"] / seconds}
         return StepResult(metrics=metrics, groups=[])
 
+    def next_sequences(self) -> list[tuple[Prompt, Spans]]:
+        """The next rows, without those that `row_rules` leave out."""
+        items, self.position = self.feed.take(self.rows_per_step, self.position)
+        return items
+
     def sequences(self, positions: Sequence[int]) -> list[tuple[Prompt, Spans]]:
         """Rows -> prompts and gold answers, with the blocks that re-attention puts into them."""
-        rows = [self._row(position) for position in positions]
-        answers = [(prompt, answer[0].ids) for prompt, answer in rows]
-        if self.reattention.trigger is None:
-            return list(rows)
+        return self.feed.these(positions)
+
+    def _gold(self, sample: Sample) -> Spans:
+        if not isinstance(text := sample.columns.get(self.target), str) or not text:
+            raise BadRow(
+                sample.id,
+                self.target,
+                "missing gold answer",
+                f"SFT trains on one per row; name its column with target=…; this row has "
+                f"{sorted(sample.columns)}.",
+                f"Row {sample.id!r} has no text in its column {self.target!r}.",
+            )
+        try:
+            return self.policy.answer(text)
+        except (ValueError, TypeError) as error:  # the tokenizer's, for half of a surrogate pair
+            detail = f"Row {sample.id!r}, column {self.target!r}: {error}"
+            raise BadRow(sample.id, self.target, "unusable gold answer", "", detail) from error
+
+    def _with_blocks(self, items: Sequence[Item]) -> Sequence[Item | BadRow]:
+        if self.reattention.trigger is None or not items:
+            return items
+        answers = [(prompt, _ids(answer)) for prompt, answer in items]
         self.policy.module.eval()
-        placed = (
-            [
-                place_recorded(
-                    self.policy, *answer, self.reattention, answer[0].sample.columns.get(self.choices)
-                )
-                for answer in answers
-            ]
-            if self.choices
-            else place_insertions(self.policy, answers, self.reattention, rows=self.micro_rows)
-        )
-        made = [
+        if self.choices:
+            return [self._as_recorded(*answer, self.choices) for answer in answers]
+        placed = place_insertions(self.policy, answers, self.reattention, rows=self.micro_rows)
+        return [
             (prompt, answer_spans(ids, (), one)) for (prompt, ids), one in zip(answers, placed, strict=True)
         ]
-        for prompt, spans in made:
-            self._check_length(prompt, spans)
-        return made
 
-    def _row(self, position: int) -> tuple[Prompt, tuple[Text]]:
-        sample = row_at(self.data, position, self.seed)
-        instructions = self.instructions
-        prompt = self.policy.prompt(sample, instructions[position % len(instructions)])
-        if not isinstance(text := sample.columns.get(self.target), str) or not text:
-            raise ValueError(
-                f"Row {sample.id!r} has no text in its column {self.target!r}. SFT trains on a gold answer "
-                f"per row; name its column with target=…; this row has {sorted(sample.columns)}."
-            )
-        answer = self.policy.answer(text)
-        self._check_length(prompt, answer)
-        return prompt, answer
-
-    def _check_length(self, prompt: Prompt, answer: Spans) -> None:
-        if (length := count_tokens(prompt.spans + answer, prompt.grids)) > self.max_tokens:
-            raise ValueError(
-                f"Row {prompt.sample.id!r} has {length} tokens, more than max_tokens={self.max_tokens}. "
-                "Leave it out, raise max_tokens or lower policy.max_pixels; nothing is cut."
-            )
+    def _as_recorded(self, prompt: Prompt, ids: tuple[int, ...], column: str) -> Item | BadRow:
+        sample = prompt.sample
+        try:
+            one = place_recorded(self.policy, prompt, ids, self.reattention, sample.columns.get(column))
+        except ValueError as error:
+            return BadRow(sample.id, column, "unusable choices", "", str(error))
+        return prompt, answer_spans(ids, (), one)
 
     @property
     def instructions(self) -> Sequence[Instruction]:
         return (self.instruction,) if isinstance(self.instruction, Instruction) else tuple(self.instruction)
 
     # -- parts made once ------------------------------------------------------------------------
+
+    @functools.cached_property
+    def feed(self) -> Feed:
+        instructions = self.instructions
+        return Feed(
+            data=self.data,
+            policy=self.policy,
+            seed=self.seed,
+            rules=self.row_rules,
+            limit=self.max_tokens,
+            limit_name="max_tokens",
+            instruction=lambda position: instructions[position % len(instructions)],
+            answer=self._gold,
+            finish=self._with_blocks,
+        )
 
     @functools.cached_property
     def runtime(self) -> Runtime:
@@ -165,6 +191,7 @@ class SFTTrainer:
             runtime=self.runtime,
             micro_rows=self.micro_rows,
             max_grad_norm=self.optimizer.max_grad_norm,
+            on_nonfinite=self.on_nonfinite,
         )
 
     # -- what the loop needs --------------------------------------------------------------------
@@ -175,8 +202,7 @@ class SFTTrainer:
         _ = self.updater
 
     def canary_prompts(self) -> list[Prompt]:
-        rows = (row_at(self.data, i, self.seed) for i in range(min(4, len(self.data))))
-        return [self.policy.prompt(row, self.instructions[0]) for row in rows]
+        return self.feed.first(4)
 
     def evaluate(self, evaluation: Evaluation) -> tuple[Metrics, list[ScoredGroup]]:
         return evaluation(
@@ -184,10 +210,31 @@ class SFTTrainer:
         )
 
     def state(self) -> dict[str, Any]:
-        return {"position": self.position, "updates": self.updates}
+        return {
+            "position": self.position,
+            "updates": self.updates,
+            "rows": self.feed.state(),
+            "rubric": self.rubric.state(),
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.position, self.updates = state["position"], state["updates"]
+        self.feed.load_state(state["rows"])
+        self.rubric.load_state(state["rubric"])
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Nothing beside weights and moments."""
+        return {}
+
+    def load_tensors(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Nothing to put back."""
 
     def run(self) -> RunResult:
         return run_training(self)
+
+
+def _ids(answer: Spans) -> tuple[int, ...]:
+    """Ids of a gold answer, which is one span of text."""
+    (text,) = answer
+    assert isinstance(text, Text)
+    return text.ids

@@ -1,7 +1,14 @@
-"""SIGTERM and Ctrl-C as a wish: finish the step, save, then stop.
+"""Signals and a time limit as a wish to stop: give up or finish the step, save, then exit.
 
-Left out: other signals (SIGHUP keeps its meaning) and agreement between ranks, which the runtime
-reaches by gathering `requested`.
+| asked by | exit code |
+|---|---|
+| SIGHUP (a closed terminal; not under nohup, which ignores it) | 129 |
+| SIGINT (Ctrl-C) | 130 |
+| SIGTERM (a preempted job) | 143 |
+| `max_minutes` | 75, EX_TEMPFAIL: try again |
+
+A second signal stops at once, without saving; a third does not even clean up. Left out: agreement
+between ranks, which the runtime reaches by gathering `requested`.
 """
 
 from __future__ import annotations
@@ -10,15 +17,34 @@ import contextlib
 import os
 import signal
 import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Any
 
+OUT_OF_TIME = 75
+"""Exit code of a run that `max_minutes` stopped."""
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+_begun: list[float] = []
+"""When this command began, if it is one: several runs of it share one limit."""
+
+
+@contextlib.contextmanager
+def one_command(clock: Callable[[], float] = time.monotonic) -> Iterator[None]:
+    """Within the block every run counts its minutes from the block's start, and not from its own."""
+    _begun[:] = [clock()]
+    try:
+        yield
+    finally:
+        _begun.clear()
+
 
 @dataclass
 class StopRequest:
-    """Within the `with` block the first SIGTERM or SIGINT only sets `requested`; a second one stops
-    at once. Outside of the main thread, where Python allows no handlers, it does nothing.
+    """Within the `with` block the first signal only sets `requested`. Outside of the main thread, where
+    Python allows no handlers, only the time limit works.
 
     Example:
         with StopRequest() as stop:
@@ -29,20 +55,37 @@ class StopRequest:
                     sys.exit(stop.exit_code)
     """
 
-    signal_name: str | None = field(default=None, init=False)
-    """`"SIGTERM"` or `"SIGINT"` once one arrived."""
+    max_minutes: float | None = None
+    """Counted from the start of the command, or of the block; None is no limit."""
+    clock: Callable[[], float] = time.monotonic
+    reserve: float = 0.0
+    """Seconds before the limit at which to stop: what saving takes."""
+    reason: str | None = field(default=None, init=False)
+    """`"SIGTERM"`, `"SIGINT"`, `"SIGHUP"` or `"max_minutes=30"` once one of them asked."""
     exit_code: int = field(default=0, init=False)
-    """128 + the signal's number, as shells report it: 143 or 130; 0 before."""
+    """128 + the signal's number, as shells report it, or OUT_OF_TIME; 0 before."""
     _previous: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
+    _start: float = field(default=0.0, init=False, repr=False)
+    _seen: int = field(default=0, init=False, repr=False)
 
     @property
     def requested(self) -> bool:
-        return self.signal_name is not None
+        if self.reason is None and self.seconds_left() <= 0:
+            self.reason, self.exit_code = f"max_minutes={self.max_minutes:g}", OUT_OF_TIME
+        return self.reason is not None
+
+    def seconds_left(self) -> float:
+        """Until the moment at which saving must begin; infinite without a limit."""
+        if self.max_minutes is None:
+            return float("inf")
+        return self._start + 60 * self.max_minutes - self.reserve - self.clock()
 
     def __enter__(self) -> StopRequest:
+        self._start = _begun[0] if _begun else self.clock()
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._handle)
+            for number in _SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, a job in the background
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -54,15 +97,15 @@ class StopRequest:
         self._previous.clear()
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self.requested:
+        self._seen += 1
+        if self._seen > 2:
+            os._exit(128 + number)
+        if self._seen > 1:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             raise SystemExit(128 + number)
-        self.signal_name = signal.Signals(number).name
+        self.reason = signal.Signals(number).name
         self.exit_code = 128 + number
         # Not `print` or `logging`: the signal may have come in the middle of one of them.
         with contextlib.suppress(OSError):
-            note = (
-                f"\n{self.signal_name}: finishing this step, then saving and stopping. Again: stop at once.\n"
-            )
-            os.write(2, note.encode())
+            os.write(2, f"\n{self.reason}: stopping and saving. Again: stop at once, unsaved.\n".encode())

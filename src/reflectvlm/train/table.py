@@ -5,6 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def visible(text: str) -> str:
+    """`text` with control, invisible and direction characters as escapes: what a model or a file says must
+    not drive a terminal. `visible("a\x1b[2J") == "a\\x1b[2J"`"""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @dataclass
@@ -20,7 +30,7 @@ class Table:
 
     def add(self, *cells: str) -> Table:
         assert len(cells) == len(self.columns), f"{len(cells)} cells for {len(self.columns)} columns"
-        self.rows.append(cells)
+        self.rows.append(tuple(map(visible, cells)))
         return self
 
     @property
@@ -37,19 +47,36 @@ class Table:
         body = "\n".join("| " + " | ".join(line) + " |" for line in [shown[0], rule, *shown[1:]])
         return f"### {self.title}\n\n{body}\n"
 
-    def show(self) -> None:
-        """Prints it."""
-        if not sys.stdout.isatty():
-            print(self.markdown, end="")
+    def show(self, out: Console | None = None) -> None:
+        """Prints it, by default on standard output."""
+        if out is None and not sys.stdout.isatty():
+            _put(self.markdown)
             return
         from rich import box
         from rich.console import Console
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        drawn = RichTable(title=self.title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+        out = out or Console(highlight=False)
+        if not out.is_terminal:
+            out.print(Text(self.markdown), soft_wrap=True, end="")
+            return
+        drawn = RichTable(box=box.SIMPLE_HEAD)
         for number, name in enumerate(self.columns):
             drawn.add_column(Text(name), justify="right" if number else "left")
         for row in self.rows:
             drawn.add_row(*map(Text, row))
-        Console(highlight=False).print(drawn)
+        # As a line of its own: rich wraps a table's title to the table's width.
+        out.print(Text(self.title, style="bold"), soft_wrap=True)
+        out.print(drawn)
+
+
+def say(line: str) -> None:
+    """Prints one line, with control characters as escapes."""
+    _put(f"{visible(line)}\n")
+
+
+def _put(text: str) -> None:
+    """Prints a text, with `?` for what the stream cannot encode."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), end="")

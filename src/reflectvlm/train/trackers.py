@@ -30,14 +30,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_FILES = ("metrics.jsonl", "samples.jsonl")
+
 
 @dataclass
 class Trackers:
-    """Several trackers as one. A tracker that raises is reported once, with its name, and dropped:
-    no dashboard ever stops a run."""
+    """Several trackers as one. What one of them raises is reported, with its name; one that fails
+    `patience` times in a row is dropped. No dashboard ever stops a run, and none is lost to a hiccup."""
 
     trackers: tuple[Tracker, ...]
+    patience: int = 5
     _live: list[Tracker] = field(init=False, repr=False)
+    _failures: dict[int, int] = field(default_factory=dict, init=False, repr=False)
+    """By the tracker's place: failures since it last worked."""
 
     def __post_init__(self) -> None:
         self._live = list(self.trackers)
@@ -66,17 +71,30 @@ class Trackers:
             self._one(tracker, call)
 
     def _one(self, tracker: Tracker, call: Callable[[Tracker], None]) -> None:
+        place = next(i for i, one in enumerate(self.trackers) if one is tracker)
         try:
             call(tracker)
-        except Exception as error:  # boundary: what a tracker does is not the training's affair
-            self._live.remove(tracker)
-            name = type(tracker).__name__
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+        except Exception as error:  # noqa: BLE001  boundary: what a tracker does is not the training's affair
+            failures = self._failures[place] = self._failures.get(place, 0) + 1
+            self._tell(type(tracker).__name__, failures, error)
+            if failures >= self.patience:
+                self._live.remove(tracker)
+                with contextlib.suppress(Exception):
+                    tracker.close()
+        else:
+            self._failures[place] = 0
+
+    def _tell(self, name: str, failures: int, error: Exception) -> None:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if failures >= self.patience:
             logger.warning(
-                "Tracker %s failed and is dropped; training goes on. %s", name, reason, exc_info=True
+                "Tracker %s failed %d times in a row and is dropped; training goes on. %s",
+                name, failures, reason,
+            )  # fmt: skip
+        elif failures == 1:
+            logger.warning(
+                "Tracker %s failed; training goes on, and it is tried again. %s", name, reason, exc_info=True
             )
-            with contextlib.suppress(Exception):
-                tracker.close()
 
 
 @dataclass
@@ -112,8 +130,20 @@ class JsonLines:
     def truncate_after(self, step: int) -> None:
         """Drop all lines of later steps, and a last line that a kill has cut."""
         self.close()
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in _FILES:
             _keep_lines(self.folder / name, lambda row: row["step"] <= step)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file, for a checkpoint."""
+        return {name: path.stat().st_size for name in _FILES if (path := self.folder / name).exists()}
+
+    def truncate_to(self, sizes: Mapping[str, int]) -> None:
+        """Drop what was written after `sizes` were taken, of the last step too."""
+        self.close()
+        for name in _FILES:
+            path, size = self.folder / name, sizes.get(name, 0)
+            if path.exists() and path.stat().st_size > size:
+                os.truncate(path, size)
 
     def close(self) -> None:
         while self._files:

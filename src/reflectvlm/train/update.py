@@ -4,31 +4,39 @@ turns log-probs into a loss."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reflectvlm.batch import Batch, LossInputs, LossOutputs
+from reflectvlm.interrupt import committed, safe_point
 from reflectvlm.protocols import Objective, Policy
+from reflectvlm.train.precision import check_trainable_dtype
 from reflectvlm.train.runtime import Runtime
 from reflectvlm.types import Patches
 
 
 class NonFinite(RuntimeError):
-    """Loss or gradient is NaN or infinite. Raised before the optimiser has stepped."""
+    """Loss, gradient or a weight is NaN or infinite. Raised before the optimiser has stepped."""
 
     def __init__(self, what: str, batch: Batch) -> None:
         self.what, self.batch = what, batch
         super().__init__(
-            f"{what} is not finite; the weights are those from before this step. "
+            f"{what} is not finite; the weights are those from before this update. "
             "Lower the learning rate, or look at the saved batch."
         )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Updater:
-    """Policy, objective and optimiser: `updater(batch)` takes one step and returns its metrics."""
+    """Policy, objective and optimiser: `updater(batch, lr)` takes one step and returns its metrics.
+
+    Raises NonFinite, with the weights and moments as they were, or with `on_nonfinite="skip"` leaves the
+    batch out and keeps it in `skipped` for whoever counts and dumps. Weights that are no numbers already
+    are always an error: no further batch can mend them.
+    """
 
     policy: Policy
     objective: Objective
@@ -38,13 +46,31 @@ class Updater:
     """Rows, or images of the vision tower, of one pass; bounds memory and changes no result."""
     max_grad_norm: float
     temperature: float = 1.0
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    skipped: list[NonFinite] = field(default_factory=list, init=False)
+    """Batches left out, until somebody takes them."""
 
     def __post_init__(self) -> None:
         if self.micro_rows < 1:
             raise ValueError(f"micro_rows is {self.micro_rows}. It must be at least 1.")
+        if self.on_nonfinite not in ("stop", "skip"):
+            raise ValueError(f"on_nonfinite is {self.on_nonfinite!r}. It must be 'stop' or 'skip'.")
+        check_trainable_dtype(self.policy.module, getattr(self.policy, "compute", None))
 
     def __call__(self, batch: Batch, lr: float) -> dict[str, float]:
         module = self.policy.module.train()
+        try:
+            return self._step(module, batch, lr)
+        except NonFinite as error:
+            self.optimizer.zero_grad(set_to_none=True)
+            if (name := first_broken_weight(module)) is not None:
+                raise NonFinite(f"Before this update the weight {name!r}", batch) from error
+            if self.on_nonfinite == "stop":
+                raise
+            self.skipped.append(error)
+            return {"nonfinite": 1.0, "lr": lr}
+
+    def _step(self, module: nn.Module, batch: Batch, lr: float) -> dict[str, float]:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
@@ -55,6 +81,7 @@ class Updater:
         norm = self.runtime.clip(module, self.max_grad_norm)
         if not torch.tensor(norm).isfinite():
             raise NonFinite(f"The gradient norm ({norm})", batch)
+        committed()
         self.optimizer.step()
         return metrics | {"grad_norm": norm, "lr": lr}
 
@@ -72,6 +99,7 @@ class Updater:
         leaf = features.detach().requires_grad_(first.requires_grad)
         outputs = []
         for piece in batch.split(self.micro_rows):
+            safe_point()
             scores = self.policy.score(piece, leaf, self.temperature)
             outputs.append(self.objective(loss_inputs(piece, scores.logprobs, scores.entropy)))
             self.runtime.backward(outputs[-1].loss)
@@ -79,6 +107,14 @@ class Updater:
             for number, (part, grad) in enumerate(zip(parts, _by_part(leaf.grad, parts), strict=True)):
                 (first if number == 0 else self.policy.features(part)).backward(grad)
         return outputs
+
+
+def first_broken_weight(module: nn.Module) -> str | None:
+    """Name of the first parameter or buffer that holds NaN or infinity."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_floating_point() and not bool(tensor.detach().isfinite().all()):
+            return name
+    return None
 
 
 def image_parts(batch: Batch, size: int) -> list[tuple[Patches, ...]]:

@@ -1,0 +1,258 @@
+"""Where RL, SFT and distillation take their rows: one place, so that all treat unusable rows alike.
+
+A row is unusable if it cannot be read or shown (its image has gone, its gold answer is missing) or if
+it has more tokens than the limit. `RowRules` say what then happens; nothing is ever left out without
+being named in a warning, counted, and held against a largest share.
+
+Which row comes when is `cursor.row_at`: a pure function of (data, seed, position). All that is
+remembered beside the position are the counts, which belong into a checkpoint. A data set smaller than a
+step is no error: its rows come again, each epoch in a new order. Left out: reading ahead in workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from reflectvlm.data.rows import BadRow
+from reflectvlm.data.shorten import shortened
+from reflectvlm.interrupt import safe_point
+from reflectvlm.models.chat import chat_spans
+from reflectvlm.models.qwen_vl import QwenVL
+from reflectvlm.spans import count_tokens
+from reflectvlm.train.cursor import row_at
+from reflectvlm.train.row_rules import Counts, Item, LongRow, RowRules
+from reflectvlm.types import Instruction, Prompt, Sample, Spans
+
+log = logging.getLogger("reflectvlm")
+
+
+def without_answer(_: Sample) -> Spans:
+    return ()
+
+
+def as_they_are(items: Sequence[Item]) -> Sequence[Item | BadRow]:
+    return items
+
+
+@dataclass(kw_only=True, eq=False)
+class Feed:
+    """Rows of a data set as prompts, by position.
+
+    Example: `prompts, trainer.position = feed.take(16, trainer.position)`
+    """
+
+    data: Sequence[Sample]
+    policy: QwenVL
+    seed: int
+    rules: RowRules
+    limit: int
+    """Most tokens of prompt and answer."""
+    limit_name: str
+    """What the setting is called."""
+    instruction: Callable[[int], Instruction]
+    """That of a position."""
+    answer: Callable[[Sample], Spans] = without_answer
+    """A row's gold answer; raises BadRow if it has none."""
+    finish: Callable[[Sequence[Item]], Sequence[Item | BadRow]] = as_they_are
+    """What is done to several rows together, such as putting blocks into their answers; a BadRow in the
+    place of one with which it cannot be done."""
+    counts: Counts = field(default=Counts(), init=False)
+    _named: set[str] = field(default_factory=set, init=False)
+    """Rows that a warning was given for; one says enough."""
+
+    def take(self, count: int, position: int) -> tuple[list[Item], int]:
+        """The next `count` usable rows from `position` on, and the position behind the last of them."""
+        taken: list[Item] = []
+        in_vain = 0
+        with self._whole():
+            while len(taken) < count:
+                found, after = self._found(count - len(taken), position)
+                finished = self._finished(found)
+                in_vain = 0 if finished else in_vain + after - position
+                self._check_any(in_vain)
+                taken += finished
+                position = after
+            self._advance(position)
+        return taken, position
+
+    def these(self, positions: Sequence[int]) -> list[Item]:
+        """The rows at these positions, without those that cannot be used."""
+        with self._whole():
+            found = [(p, item) for p in positions if (item := self._at(p)) is not None]
+            finished = self._finished(found)
+            self._advance(max(positions, default=-1) + 1)
+        return finished
+
+    def first(self, count: int) -> list[Prompt]:
+        """Prompts of the first usable rows, for a look before the run; counts nothing."""
+        found: list[Prompt] = []
+        for position in range(min(len(self.data), 1000)):
+            if len(found) == count:
+                break
+            try:
+                found.append(self._read(position)[0])
+            except (BadRow, LongRow) as error:
+                if self._rule(error) == "error":
+                    raise
+        return found
+
+    def state(self) -> dict[str, int]:
+        return self.counts._asdict()
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        self.counts = Counts(**state)
+
+    # -- one row --------------------------------------------------------------------------------
+
+    def _found(self, count: int, position: int) -> tuple[list[tuple[int, Item]], int]:
+        """`count` rows that can be read and are short enough as they stand, with their positions."""
+        found: list[tuple[int, Item]] = []
+        in_vain = 0
+        while len(found) < count:
+            item = self._at(position)
+            if item is None:
+                in_vain += 1
+                self._check_any(in_vain)
+            else:
+                found.append((position, item))
+                in_vain = 0
+            position += 1
+        return found, position
+
+    def _at(self, position: int) -> Item | None:
+        safe_point()
+        try:
+            return self._read(position, counted=True)
+        except (BadRow, LongRow) as error:
+            self._leave_out(error, position)
+            return None
+
+    def _read(self, position: int, counted: bool = False) -> Item:
+        sample = row_at(self.data, position, self.seed)
+        instruction = self.instruction(position)
+        answer = self.answer(sample)
+        try:
+            prompt = self.policy.prompt(sample, instruction)
+        except (ValueError, TypeError) as error:  # what tokenizer and image processor make of odd rows
+            detail = f"It cannot be shown to the policy: {error}"
+            raise BadRow(sample.id, "", "row cannot be shown", "Repair or remove it.", detail) from error
+        if self._fits(prompt, answer):
+            return prompt, answer
+        if self.rules.on_long != "truncate_text":
+            raise LongRow((prompt, answer), self.limit, self.limit_name)
+        short = self._shortened(prompt, answer, instruction)
+        if counted:
+            self._tell_shortened(prompt, answer, short, position)
+        return short, answer
+
+    def _shortened(self, prompt: Prompt, answer: Spans, instruction: Instruction) -> Prompt:
+        def asking(question: str) -> Prompt:
+            sample = dataclasses.replace(prompt.sample, question=question)
+            spans = chat_spans(self.policy.tokenizer, self.policy.vision, sample, instruction)
+            return dataclasses.replace(prompt, sample=sample, spans=spans)
+
+        images = len(prompt.sample.images)
+        text = shortened(prompt.sample.question, images, lambda text: self._fits(asking(text), answer))
+        if text is None:
+            remedy = (
+                f"It stays too long however its text is cut. Raise {self.limit_name} or lower "
+                "policy.max_pixels; row_rules.on_bad=skip leaves it out."
+            )
+            raise LongRow((prompt, answer), self.limit, self.limit_name, remedy)
+        return asking(text)
+
+    def _fits(self, prompt: Prompt, answer: Spans) -> bool:
+        return count_tokens(prompt.spans + answer, prompt.grids) <= self.limit
+
+    def _finished(self, found: Sequence[tuple[int, Item]]) -> list[Item]:
+        """The rows after `finish`, without those that it made too long."""
+        kept = []
+        for (position, _), item in zip(found, self.finish([item for _, item in found]), strict=True):
+            if isinstance(item, BadRow):
+                self._leave_out(item, position)
+            elif self._fits(*item):
+                kept.append(item)
+            else:
+                self._leave_out(self._too_long_now(item), position)
+        return kept
+
+    def _too_long_now(self, item: Item) -> LongRow:
+        cut = (
+            f"Only the blocks put into its answer make it too long. Raise {self.limit_name}; "
+            "row_rules.on_bad=skip leaves it out."
+        )
+        return LongRow(
+            item, self.limit, self.limit_name, cut if self.rules.on_long == "truncate_text" else ""
+        )
+
+    # -- rows that are not used -----------------------------------------------------------------
+
+    def _rule(self, error: BadRow | LongRow) -> str:
+        if isinstance(error, BadRow) or self.rules.on_long == "truncate_text":
+            return self.rules.on_bad
+        return self.rules.on_long
+
+    def _leave_out(self, error: BadRow | LongRow, position: int) -> None:
+        if self._rule(error) == "error":
+            raise error
+        if isinstance(error, BadRow):
+            self._warn(f"{error.position} {error.reason}", "row left out: %s", error)
+        else:
+            name = error.sample.id
+            self._warn(f"{name} too long", "row %s left out: %s", name, error.reason)
+        if position < self.counts.tried:
+            return  # read a second time
+        self._count("unreadable" if isinstance(error, BadRow) else "too_long")
+        if self.rules.too_many(self.counts.left_out, position + 1):
+            so_far = self.counts._replace(tried=position + 1)
+            raise ValueError(
+                f"Too many rows cannot be used: {so_far}, and row_rules.max_bad={self.rules.max_bad:g}. The "
+                f"last: {error} All are in the warnings above. Repair the data, or raise row_rules.max_bad."
+            ) from error
+
+    def _tell_shortened(self, prompt: Prompt, answer: Spans, short: Prompt, position: int) -> None:
+        before, after = (len(one.sample.question) for one in (prompt, short))
+        long = LongRow((prompt, answer), self.limit, self.limit_name)
+        name = prompt.sample.id
+        self._warn(
+            f"{name} shortened",
+            "row %s shortened: its question keeps %d of %d characters, because %s",
+            name, after, before, long.reason,
+        )  # fmt: skip
+        if position >= self.counts.tried:
+            self._count("shortened")
+
+    def _warn(self, key: str, text: str, *values: Any) -> None:
+        if key not in self._named:
+            self._named.add(key)
+            log.warning(text, *values)
+
+    def _count(self, what: str) -> None:
+        self.counts = self.counts._replace(**{what: getattr(self.counts, what) + 1})
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """All rows of a call are counted, or, where a signal or an error cuts it off, none."""
+        before = self.counts
+        try:
+            yield
+        except BaseException:
+            self.counts = before
+            raise
+
+    def _advance(self, position: int) -> None:
+        self.counts = self.counts._replace(tried=max(self.counts.tried, position))
+
+    def _check_any(self, in_vain: int) -> None:
+        """A data set without a usable row would be gone through for ever."""
+        if in_vain > min(len(self.data), 1000):
+            raise ValueError(
+                f"{in_vain} rows in a row could not be used; the reasons are above. If they are too long for "
+                f"{self.limit_name}={self.limit}, raise it, lower policy.max_pixels or set "
+                "row_rules.on_long=truncate_text."
+            )

@@ -1,0 +1,153 @@
+"""What a checkpoint of a run holds, and whether it fits the run that takes it up.
+
+    tensors   model, optimizer, rng, and what the trainer adds (a reference that moves)
+    state     the trainer's numbers, the loop's own, and `about`: what all of it belongs to
+
+Left out: the recipe, which the run folder compares setting by setting (`changes.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from torch import Tensor, nn
+
+from reflectvlm.data.fingerprint import fingerprint
+from reflectvlm.train.checkpoint import Checkpoint
+from reflectvlm.train.packing import (
+    JSON,
+    optimizer_from_tensors,
+    optimizer_to_tensors,
+    rng_state,
+    set_rng_state,
+)
+from reflectvlm.train.run import Trainable
+from reflectvlm.train.update import first_broken_weight
+
+log = logging.getLogger("reflectvlm")
+
+_VERSIONS = ("reflectvlm", "torch", "transformers")
+
+
+def snapshot(
+    trainer: Trainable, about: Mapping[str, JSON], loop: Mapping[str, JSON]
+) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, JSON]]:
+    """(tensors, state) of a run between two steps; the tensors are those in use, not copies."""
+    packed, generators = optimizer_to_tensors(trainer.updater.optimizer.state_dict()), rng_state()
+    tensors: dict[str, Mapping[str, Tensor]] = {
+        "model": trainer.policy.module.state_dict(),
+        "optimizer": packed.tensors,
+        "rng": generators.tensors,
+        **trainer.tensors(),
+    }
+    state = {
+        "trainer": trainer.state(),
+        "optimizer": packed.json,
+        "rng": generators.json,
+        "loop": dict(loop),
+        "about": dict(about),
+    }
+    return tensors, state
+
+
+def put_back(trainer: Trainable, checkpoint: Checkpoint, about: Mapping[str, JSON]) -> dict[str, JSON]:
+    """Makes the trainer what it was; returns the loop's own part of the state.
+
+    Raises ValueError if the checkpoint belongs to another model, tokenizer or data, before anything has
+    changed, and RuntimeError if its weights are no numbers.
+    """
+    _check_same(checkpoint, about)
+    module, optimizer = trainer.policy.module, trainer.updater.optimizer
+    module.load_state_dict(dict(checkpoint.tensors["model"]))
+    if (name := first_broken_weight(module)) is not None:
+        raise RuntimeError(
+            f"{checkpoint.path}: the weight {name!r} holds NaN or infinity, so it trains nothing. "
+            "Resume from an earlier one with resume=PATH."
+        )
+    optimizer.load_state_dict(
+        optimizer_from_tensors(checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
+    )
+    set_rng_state(checkpoint.tensors["rng"], checkpoint.state["rng"])
+    trainer.load_state(checkpoint.state["trainer"])
+    trainer.load_tensors(checkpoint.tensors)
+    return dict(checkpoint.state["loop"])
+
+
+def about(trainer: Trainable) -> dict[str, JSON]:
+    """What a checkpoint belongs to: parameters and whether they train, tokenizer, data, versions."""
+    tokenizer = getattr(trainer.policy, "tokenizer", None)
+    return {
+        "parameters": _parameters(trainer.policy.module),
+        "tokenizer": None if tokenizer is None else _tokenizer(tokenizer),
+        "data": fingerprint(trainer.data),
+        "versions": {name: _version(name) for name in _VERSIONS},
+    }
+
+
+def _check_same(checkpoint: Checkpoint, now: Mapping[str, JSON]) -> None:
+    before = checkpoint.state["about"]
+    if difference := _first_difference(before["parameters"], now["parameters"]):
+        raise ValueError(
+            f"{checkpoint.path} belongs to another model: {difference}. Give the policy that it was "
+            "trained with, or start anew with resume=never."
+        )
+    for name, remedy in (
+        ("tokenizer", "Its ids would mean other words. Give the tokenizer that it was trained with"),
+        ("data", "The place in them would mean other rows. Put the earlier rows back"),
+    ):
+        if before[name] != now[name]:
+            raise ValueError(
+                f"{checkpoint.path} was made with another {name} (then {_short(before[name])}, now "
+                f"{_short(now[name])}). {remedy}, or start anew with resume=never."
+            )
+    for name, version in now["versions"].items():
+        if (then := before["versions"].get(name)) != version:
+            log.warning(
+                "%s is %s, and was %s when %s was written: the run goes on, but perhaps not bit for bit",
+                name, version, then, checkpoint.path,
+            )  # fmt: skip
+
+
+def _parameters(module: nn.Module) -> dict[str, list[Any]]:
+    """Name -> shape, dtype, whether it trains."""
+    return {
+        name: [list(one.shape), str(one.dtype).removeprefix("torch."), one.requires_grad]
+        for name, one in module.named_parameters()
+    }
+
+
+def _first_difference(then: Mapping[str, list[Any]], now: Mapping[str, list[Any]]) -> str | None:
+    for name in dict.fromkeys([*then, *now]):
+        if then.get(name) != now.get(name):
+            return f"{name} is {_told(now.get(name))}, and was {_told(then.get(name))}"
+    return None
+
+
+def _told(parameter: list[Any] | None) -> str:
+    if parameter is None:
+        return "not there"
+    shape, dtype, trains = parameter
+    return f"{dtype} {'x'.join(map(str, shape)) or 'number'}, {'trained' if trains else 'frozen'}"
+
+
+def _tokenizer(tokenizer: Any) -> str:
+    """A digest of what turns text into ids: vocabulary, added tokens, chat template."""
+    added = {str(number): str(token) for number, token in tokenizer.added_tokens_decoder.items()}
+    parts = [sorted(tokenizer.get_vocab().items()), added, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _short(value: Any) -> str:
+    return str(value)[:12]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
