@@ -16,6 +16,7 @@ from reflectvlm.cli import main
 from reflectvlm.recipe_files import pipelines, recipes
 from reflectvlm.stages import StageStopped
 from reflectvlm.train.run import RunResult
+from reflectvlm.train.table import Table
 
 
 class Scripted:
@@ -185,3 +186,81 @@ def test_the_logger_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     before = (list(logger.handlers), logger.level, logger.propagate)
     main(["train", "recipe=grpo"])
     assert (list(logger.handlers), logger.level, logger.propagate) == before
+
+
+# -- standard output that nobody reads ------------------------------------------------------------
+
+STUBBED = """
+import sys, types
+from reflectvlm.cli import main
+from reflectvlm.train.table import Table, say
+class Result:
+    exit_code = {code}
+def run(*words):
+    print("as a user's reward does")
+    say("stopped by SIGTERM")
+    Table("t", ("a", "b")).add("c", "1").show()
+    return Result()
+module = types.ModuleType("reflectvlm.pipeline")
+module.run_pipeline = run
+sys.modules["reflectvlm.pipeline"] = module
+sys.exit(main({words}))
+"""
+
+
+def with_closed_pipe(code: str, errors: Any = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+    """In a child whose standard output is a pipe that nobody reads, buffered as in a shell."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            stdout=write,
+            stderr=write if errors == subprocess.STDOUT else errors,
+            text=True,
+            env=environment,
+            check=False,
+        )
+    finally:
+        os.close(write)
+
+
+@pytest.mark.parametrize("code", [143, 75, 0])
+def test_a_closed_pipe_keeps_the_exit_code(code: int) -> None:
+    """Bug: `reflectvlm pipeline … | head` that was stopped ends with 0 or 120, and is not started again."""
+    done = with_closed_pipe(STUBBED.format(code=code, words=["pipeline", "qwen_la"]))
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+@pytest.mark.parametrize("code", [143, 75])
+def test_both_streams_closed_keep_the_exit_code(code: int) -> None:
+    """Bug: the same with `2>&1 | head`: the error's own line is what fails then."""
+    stubbed = STUBBED.format(code=code, words=["pipeline", "qwen_la"])
+    assert with_closed_pipe(stubbed, subprocess.STDOUT).returncode == code
+    wrong = STUBBED.format(code=code, words=["pipeline"])
+    assert with_closed_pipe(wrong, subprocess.STDOUT).returncode == 2
+
+
+@pytest.mark.parametrize("words", [["recipes"], ["show", "recipe=grpo"], ["--help"], ["--version"]])
+def test_what_only_prints_ends_well(words: list[str]) -> None:
+    """Bug: `reflectvlm recipes | head -1` ends with an error."""
+    done = with_closed_pipe(STUBBED.format(code=0, words=words))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_broken_pipe_of_its_own_is_no_success(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bug: a run whose reward's process has died ends with 0, as if somebody had closed standard output."""
+    monkeypatch.setattr(config, "load_recipe", lambda *_: Scripted(BrokenPipeError(32, "Broken pipe")))
+    assert main(["train", "recipe=grpo"]) == 1
+    assert "BrokenPipeError" in capsys.readouterr().err
+
+
+def test_no_standard_output_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a job started with `>&-` dies at its last table, since sys.stdout is None."""
+    monkeypatch.setattr(sys, "stdout", None)
+    Table("t", ("a", "b")).add("c", "1").show()
+    assert main(["recipes"]) == 0

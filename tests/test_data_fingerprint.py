@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import logging
 import os
+import random
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import uuid
+from array import array
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from fixtures import make_sample
+from fixtures import make_sample, noise_image
 from reflectvlm.data.curriculum import Curriculum
 from reflectvlm.data.digit_traces import DigitTraces
 from reflectvlm.data.digits import Digits
+from reflectvlm.data.filtered import Dataset, Report
 from reflectvlm.data.fingerprint import fingerprint, places
 from reflectvlm.data.rows import BadRow, Columns
 from reflectvlm.data.shapes import Shapes
@@ -171,7 +177,7 @@ def test_it_is_cheap() -> None:
         started = time.perf_counter()
         fingerprint(many)
         best = min(best, time.perf_counter() - started)
-    assert many.read == 3 * 64
+    assert many.read == 3 * 2 * 64  # twice each, to see what chance has a hand in
     assert best < 0.05
 
 
@@ -183,3 +189,137 @@ def test_places_are_spread_over_the_rows(size: int) -> None:
     assert chosen[-1] == size - 1
     assert len(chosen) == len(set(chosen)) == min(size, 16 if size == 2**31 else 64)
     assert places(0) == []
+
+
+# -- rows that chance has a hand in ---------------------------------------------------------------
+
+
+class Made(Sequence[Sample]):
+    """Rows that are made each time that they are asked for, by a user's own code."""
+
+    def __init__(self, size: int, change: Callable[[Sample], Sample], question: str = "Which?") -> None:
+        self.size, self.change, self.question = size, change, question
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: Any) -> Any:
+        sample = make_sample(index, self.question)
+        return self.change(dataclasses.replace(sample, images=(noise_image(index),)))
+
+
+def flipped(sample: Sample) -> Sample:
+    turned = tuple(ImageOps.mirror(one) if random.random() < 0.5 else one for one in sample.images)
+    return dataclasses.replace(sample, images=turned)
+
+
+def reworded(sample: Sample) -> Sample:
+    return dataclasses.replace(
+        sample, question=f"{random.choice(('Say', 'Tell', 'Name'))}: {sample.question}"
+    )
+
+
+def renamed(sample: Sample) -> Sample:
+    """Nothing of the row is the same twice."""
+    turned = {"id": uuid.uuid4().hex, "question": uuid.uuid4().hex, "answer": uuid.uuid4().hex}
+    noise = Image.frombytes("RGB", (8, 8), random.randbytes(192))
+    return dataclasses.replace(sample, **turned, images=(noise,), columns={"at": time.perf_counter_ns()})
+
+
+@pytest.mark.parametrize("size", [1, 3, 200, 2**31])
+@pytest.mark.parametrize("change", [flipped, reworded, renamed])
+def test_augmented_rows_can_be_resumed(size: int, change: Callable[[Sample], Sample]) -> None:
+    """Bug: rows whose images are flipped at random as they are read have another name at each start, so
+    that such a run can never be resumed. One coin per start is no ground to decide on: 8 starts of one row
+    would agree once in 2 ** 7 times."""
+    made = {fingerprint(Made(size, change)) for _ in range(8 if size < 200 else 3)}
+    assert len(made) == 1
+
+
+def test_what_is_not_random_still_counts(caplog: pytest.LogCaptureFixture) -> None:
+    """Bug: with augmented images other questions pass for the same data, or nobody learns of it."""
+    with caplog.at_level(logging.WARNING, "reflectvlm"):
+        assert fingerprint(Made(3, flipped)) != fingerprint(Made(3, flipped, "Where?"))
+    first, second = caplog.messages
+    assert first == second
+    assert first.startswith("images of the data differ each time that a row is read, so a resumed run")
+    turned = Made(3, lambda sample: reworded(dataclasses.replace(sample, images=(OTHER,))))
+    assert fingerprint(Made(3, reworded)) != fingerprint(turned)
+    caplog.clear()
+    mixed = [Made(3, flipped), Made(3, reworded), Made(3, flipped)]
+    with caplog.at_level(logging.WARNING, "reflectvlm"):
+        fingerprint(Curriculum(parts=mixed, rows=[2, 2]))
+    (said,) = caplog.messages
+    assert said.startswith("questions and images of the data differ")
+
+
+def test_where_all_is_random_the_length_counts(caplog: pytest.LogCaptureFixture) -> None:
+    """Bug: such data can never be resumed, or a warning promises more than is compared."""
+    with caplog.at_level(logging.WARNING, "reflectvlm"):
+        assert fingerprint(Made(3, renamed)) != fingerprint(Made(4, renamed))
+    assert all(said.endswith(": only the number of rows is compared") for said in caplog.messages)
+    caplog.clear()
+    assert fingerprint([ROW, ROW]) == fingerprint([ROW, ROW])
+    assert not caplog.messages
+
+
+# -- rows that cannot be read ---------------------------------------------------------------------
+
+
+def cut_image() -> Image.Image:
+    """A JPEG that ends too early, opened and not yet decoded."""
+    whole = io.BytesIO()
+    noise = random.Random(0).randbytes(64 * 64 * 3)
+    Image.frombytes("RGB", (64, 64), noise).save(whole, format="JPEG")
+    return Image.open(io.BytesIO(whole.getvalue()[: len(whole.getvalue()) // 2]))
+
+
+def test_a_cut_image_in_memory_is_no_end() -> None:
+    """Bug: one cut image in a user's own rows ends the run before its first step, with a message that names
+    no row, in spite of on_bad=skip."""
+
+    def rows(place: int) -> list[Sample]:
+        found = [dataclasses.replace(ROW, id=f"r{i}") for i in range(4)]
+        found[place] = dataclasses.replace(found[place], images=(cut_image(),))
+        return found
+
+    with pytest.raises(OSError, match="truncated"):
+        cut_image().load()
+    assert fingerprint(rows(1)) == fingerprint(rows(1))
+    assert fingerprint(rows(1)) != fingerprint(rows(2))
+
+
+def test_a_cut_image_in_a_raw_row_is_no_end() -> None:
+    """Bug: the same in a data set whose raw rows hold images that were opened and not yet decoded."""
+
+    class Rows(list[Any]):
+        def position(self, index: int) -> str:
+            return str(index)
+
+    def data(image: Image.Image) -> Dataset:
+        raw = Rows([{"question": "a", "image": OTHER}, {"question": "b", "image": image}])
+        report = Report(total=2, kept=2)
+        return Dataset(rows=raw, read=lambda *_: ROW, kept=array("q", [0, 1]), report=report)
+
+    assert fingerprint(data(cut_image())) == fingerprint(data(cut_image())) != fingerprint(data(OTHER))
+
+
+def test_a_row_that_a_user_s_code_cannot_read_is_no_end() -> None:
+    """Bug: a file that has gone ends the run at its start; or one that a server did not give at the first
+    try makes the data another set."""
+
+    class Failing(list[Sample]):
+        def __init__(self, rows: list[Sample], times: float) -> None:
+            super().__init__(rows)
+            self.times = times
+
+        def __getitem__(self, index: Any) -> Any:
+            if index == 1 and self.times > 0:
+                self.times -= 1
+                raise FileNotFoundError("b.png")
+            return super().__getitem__(index)
+
+    rows = [dataclasses.replace(ROW, id=f"r{i}") for i in range(3)]
+    gone = fingerprint(Failing(rows, 1e9))
+    assert gone == fingerprint(Failing(rows, 1e9)) != fingerprint(rows)
+    assert fingerprint(Failing(rows, 1)) == fingerprint(rows)

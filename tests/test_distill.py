@@ -19,7 +19,7 @@ from reflectvlm.data.rows import BadRow
 from reflectvlm.data.sources import dataset
 from reflectvlm.models.tiny import random_tiny
 from reflectvlm.rewards.lift import per_rollout
-from reflectvlm.rewards.rubric import Rubric
+from reflectvlm.rewards.rubric import RewardFailure, Rubric
 from reflectvlm.rollout.scripted import ScriptedEngine
 from reflectvlm.train.distill import Distiller
 from reflectvlm.train.distill_run import Tally
@@ -256,6 +256,76 @@ def test_whole_rows_without_their_batch_are_asked_again(tmp_path: Path) -> None:
     progress.write_text(progress.read_text().splitlines(keepends=True)[0])
     done = small(tmp_path / "cut", wrong="repair", output={"resume": "auto"}).run()
     assert done.rows.read_bytes() == whole.rows.read_bytes()
+
+
+@pytest.mark.parametrize("torn", [b'{"batch": 2, "by\n', b"\0\0\0\n", b"7\n"])
+def test_progress_ends_at_the_first_line_that_is_none(tmp_path: Path, torn: bytes) -> None:
+    """Bug: a line that a power cut has filled with something else ends each resume with a traceback, or
+    lines behind it count although their rows do not."""
+    whole = small(tmp_path / "whole", wrong="repair").run()
+    with pytest.raises(Crash):
+        dying(small(tmp_path / "cut", wrong="repair"), 2).run()
+    progress = tmp_path / "cut" / "distill" / "batches.jsonl"
+    first, second = progress.read_bytes().splitlines(keepends=True)
+    progress.write_bytes(first + torn + second)
+    done = small(tmp_path / "cut", wrong="repair", output={"resume": "auto"}).run()
+    assert done.rows.read_bytes() == whole.rows.read_bytes()
+    assert [json.loads(line)["batch"] for line in progress.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_images_are_on_the_disk_before_the_rows_that_name_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: after a power cut rows name images of no bytes, since only the rows had been flushed."""
+    flushed: list[Any] = []
+    renamed: list[Path] = []
+    fsync, replace = os.fsync, os.replace
+
+    def note(handle: int) -> None:
+        fsync(handle)
+        status = os.fstat(handle)
+        flushed.append((status.st_dev, status.st_ino))
+
+    def moved(old: Any, new: Any) -> None:
+        if Path(new).suffix == ".png":
+            status = Path(old).stat()
+            assert (status.st_dev, status.st_ino) in flushed
+            renamed.append(Path(new))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", moved)
+    folder = small(tmp_path, wrong="repair").run().folder
+    assert renamed
+    places = [(path.stat().st_dev, path.stat().st_ino) for path in (folder / "images", folder / "rows.jsonl")]
+    names, rows = map(flushed.index, places)
+    assert names < rows
+
+
+def test_the_budget_of_failures_survives_a_resume(tmp_path: Path) -> None:
+    """Bug: each restart forgives max_failures failures anew. Batches of 3, 3 and 2 rows, all of which fail:
+    the second is one too many, and is no more to a run that begins to count with it (3 + 2 <= 5)."""
+
+    @per_rollout
+    def broken(_: Rollout) -> float:
+        raise RuntimeError("no judge")
+
+    def run(root: Path, **changes: Any) -> Distiller:
+        judged = Rubric(
+            rewards={"accuracy": broken, "format": in_layout},
+            weights={"accuracy": 1.0, "format": 1.0},
+            max_failures=5,
+            max_failed_share=None,
+        )
+        output = {"checks": False} | changes.pop("output", {})
+        return small(root, rubric=judged, wrong="repair", output=output, **changes)
+
+    with pytest.raises(RewardFailure, match="6 failures so far"):
+        run(tmp_path / "whole").run()
+    with pytest.raises(Crash):
+        dying(run(tmp_path / "cut"), 1).run()
+    with pytest.raises(RewardFailure, match="6 failures so far"):
+        run(tmp_path / "cut", output={"resume": "auto"}).run()
 
 
 def test_a_finished_one_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

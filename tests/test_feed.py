@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import logging
+import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +15,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from fixtures import ShowAgain, make_policy, make_sample
 from reflectvlm.building import draft_of
 from reflectvlm.config import compose
 from reflectvlm.data.digits import Digits
-from reflectvlm.data.rows import BadRow
+from reflectvlm.data.rows import BadRow, Columns
+from reflectvlm.data.sources import dataset
 from reflectvlm.interrupt import Abandoned, abandonable
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.models.tiny import random_tiny
@@ -229,6 +233,51 @@ def test_a_row_the_policy_cannot_show_is_a_bad_row(tiny_policy: QwenVL) -> None:
         feed(tiny_policy, [half], TOLD).take(1, 0)
     data = [strip, half, make_sample(3)]
     assert ids(feed(tiny_policy, data).take(2, 0)[0]) == ["sample-3"] * 2
+
+
+def test_a_row_that_a_user_s_code_cannot_read_is_a_bad_row(tiny_policy: QwenVL, caplog: Any) -> None:
+    """Bug: a file that has gone from a user's own data ends the run in spite of on_bad=skip, with a message
+    that names no row."""
+
+    class Gone(Rows):
+        def __getitem__(self, index: Any) -> Any:
+            if index == 1:
+                raise FileNotFoundError(2, "No such file or directory", "b.png\n")
+            return super().__getitem__(index)
+
+    told = r"^row 1 of the data: It cannot be read: FileNotFoundError: .*No such file.*b.png.*\. Repair"
+    with pytest.raises(BadRow, match=told) as caught:
+        feed(tiny_policy, Gone(3), TOLD).take(3, 0)
+    assert isinstance(caught.value.__cause__, FileNotFoundError)
+    one = feed(tiny_policy, Gone(6, bad=[2]))
+    with caplog.at_level(logging.WARNING, "reflectvlm"):
+        assert sorted(ids(one.take(8, 0)[0])) == sorted(["row-0", "row-3", "row-4", "row-5"] * 2)
+    assert 2 <= one.counts.unreadable <= 4  # of two epochs
+    assert len(caplog.messages) == 2
+    assert any("rows.jsonl:3: missing image" in line for line in caplog.messages)  # BadRow as it is
+
+
+def test_a_cut_image_in_memory_is_a_bad_row(tiny_policy: QwenVL) -> None:
+    """Bug: an image that was opened and not yet decoded ends the run with OSError, and no row is named."""
+    file = io.BytesIO()
+    Image.frombytes("RGB", (64, 64), random.Random(0).randbytes(64 * 64 * 3)).save(file, format="JPEG")
+    half = io.BytesIO(file.getvalue()[: len(file.getvalue()) // 2])
+    data = [dataclasses.replace(make_sample(1), images=(Image.open(half),)), make_sample(2)]
+    with pytest.raises(
+        BadRow, match=r"^sample-1: It cannot be shown to the policy: OSError: image file is tr"
+    ):
+        feed(tiny_policy, data, TOLD).take(2, 0)
+    assert ids(feed(tiny_policy, data).take(2, 0)[0]) == ["sample-2"] * 2
+
+
+def test_a_file_that_changed_is_no_bad_row(tiny_policy: QwenVL, tmp_path: Path) -> None:
+    """Bug: rows of a file that was written anew are left out one by one, as if each of them were broken."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "a", "answer": "b"}\n' * 2)
+    data = dataset(path, columns=Columns(images=None))
+    path.write_text('{"question": "a", "answer": "b"}\n' * 3)
+    with pytest.raises(ValueError, match="has changed since it was opened"):
+        feed(tiny_policy, data).take(1, 0)
 
 
 def test_a_portion_given_up_counts_nothing(tiny_policy: QwenVL) -> None:

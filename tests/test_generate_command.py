@@ -290,6 +290,32 @@ def test_a_signal_gives_the_batch_up(
     assert out.read_text() == whole.read_text()
 
 
+def test_a_signal_with_the_last_row_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bug: all rows are in the file, and yet the job ends with 143 and is told to go on."""
+    out = tmp_path / "out.jsonl"
+    batch = Generator.batch
+
+    def told_at_its_end(self: Generator, samples: Sequence[Sample], number: int = 0) -> list[Rollout]:
+        made = batch(self, samples, number)
+        if number == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return made
+
+    monkeypatch.setattr(Generator, "batch", told_at_its_end)
+    last = 1  # of 0, 1, 2: rows are left
+    words = ("data=rows.jsonl", "batch=3", *DRAWN, f"out={out}")
+    assert ask(*words) == 143
+    assert len(lines_of(out)) == 6
+    assert "stopped by SIGTERM: 6 rows answered" in (told := capsys.readouterr().err)
+    assert "Go on with resume=auto" in told
+    last = 2
+    assert ask(*words, "resume=auto") == 0
+    assert len(lines_of(out)) == 7
+    assert "Go on with" not in capsys.readouterr().err
+
+
 def test_other_columns_and_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows of one's own that have to be rewritten before they can be asked."""
     with (tmp_path / "rows.csv").open("w", newline="") as file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import fcntl
+import html
 import io
 import json
 import logging
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from email.utils import formatdate
@@ -25,6 +27,7 @@ import jaxtyping
 import pytest
 from PIL import Image
 
+from reflectvlm.interrupt import Abandoned, abandonable
 from reflectvlm.protocols import Judge
 from reflectvlm.rewards import (
     Accuracy,
@@ -464,6 +467,103 @@ def test_f3_the_key_appears_nowhere(
         json.dumps(server.requests[0]["body"]),
     ]
     assert [text for text in everything if "secret-0123" in text] == []
+
+
+@pytest.mark.parametrize(
+    ("body", "requests"),
+    [(b"<html>Bad gateway</html>", 2), (b'{"error": "busy"}', 2), (b'{"choices": []}', 2), (says("no"), 1)],
+)
+def test_f3_what_is_no_chat_completion_is_not_remembered(
+    serve: Any, tmp_path: Path, body: bytes, requests: int
+) -> None:
+    """Bug: a proxy's page, sent with status 200, is the model's word on an answer for ever."""
+    server = serve(reply(200, body), reply(200, GOOD))
+    asked = judge(server, cache=str(tmp_path / "judge.jsonl"), retries=0)
+    assert ask(asked).score is None
+    # A reply of the model that is no verdict is remembered, so that a second run is identical.
+    assert ask(asked).score == (1.0 if requests == 2 else None)
+    assert len(server.requests) == requests
+
+
+ODD_KEY = 'sk-a/b+c="<d>&e'
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        pytest.param(lambda key: reply(400, b"x" * 145 + b" bad " + key), id="cut at 160"),
+        pytest.param(lambda key: reply(400, b" " * 290 + key), id="cut at 300"),
+        pytest.param(lambda key: reply(200, b"no " * 50 + key), id="no completion"),
+        pytest.param(
+            lambda key: reply(200, says(json.dumps({"score": 1, "why": key.decode()}))), id="a verdict's why"
+        ),
+        pytest.param(
+            lambda key: reply(200, says(json.dumps({"score": 1, "why": "w" * 995 + key.decode()}))),
+            id="cut at 1000",
+        ),
+        pytest.param(lambda key: reply(200, says("so " * 50 + key.decode())), id="cut reply"),
+        pytest.param(
+            lambda key: reply(400, json.dumps({"key": key.decode()}).replace("/", "\\/").encode()),
+            id="in JSON",
+        ),
+        pytest.param(
+            lambda key: reply(400, b"?k=" + urllib.parse.quote(key.decode(), safe="").encode()),
+            id="in an address",
+        ),
+        pytest.param(lambda key: reply(400, html.escape(key.decode()).encode()), id="in a page"),
+    ],
+)
+@pytest.mark.parametrize("key", [KEY, ODD_KEY])
+def test_f3_no_part_of_the_key_is_kept(
+    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, send: Any
+) -> None:
+    """Bug: a message is cut in the middle of the key, or holds it escaped, so that it is not found."""
+    monkeypatch.setenv("JUDGE_KEY", key)
+    cache = tmp_path / "judge.jsonl"
+    asked = judge(serve(send(key.encode())), key_env="JUDGE_KEY", cache=str(cache), retries=0)
+    kept = ask(asked).why + (cache.read_text() if cache.exists() else "")
+    assert key[:4] not in kept
+    assert key[-4:] not in kept
+
+
+def test_f3_a_key_that_has_gone_strikes_nothing_out(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: an empty key is found between all letters, and every reason is unreadable."""
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    asked = judge(serve(reply(401, b"who are you")), key_env="JUDGE_KEY", retries=0)
+    monkeypatch.setenv("JUDGE_KEY", "")
+    assert "[key]" not in ask(asked).why
+
+
+@pytest.mark.parametrize("cases", [1, 4])
+@pytest.mark.parametrize(
+    ("bad", "options"),
+    [
+        pytest.param(reply(503), {"backoff": 30.0}, id="pause"),
+        pytest.param(sleeps(5.0), {"timeout": 60.0}, id="request"),
+        pytest.param(sleeps(5.0), {"timeout": 60.0, "concurrency": 1}, id="queue"),
+    ],
+)
+def test_f3_a_judge_that_is_down_holds_up_no_stop(serve: Any, cases: int, bad: Any, options: Any) -> None:
+    """Bug: with a judge that is down a step cannot be given up for many minutes."""
+    server = serve(*[bad] * cases, reply(200, GOOD))
+    asked = judge(server, **options)
+    reward = Judged(judge=asked)
+    rubric = Rubric(
+        rewards={"judge": reward, "again": Judged(judge=RuleJudge())},
+        weights={"judge": 1.0, "again": 0.0},
+    )
+    step = [rollouts(*"abcd"[:cases])]
+    for ask_all in (lambda: rubric.score(step), lambda: reward.many(step), lambda: ask(asked, "a")):
+        flag: list[float] = []
+        timer = threading.Timer(0.5, lambda flag=flag: flag.append(time.perf_counter()))
+        timer.start()
+        server.script[:] = [bad]
+        with pytest.raises(Abandoned), abandonable(lambda flag=flag: bool(flag)):
+            ask_all()
+        assert time.perf_counter() - flag[0] < 1.0
+        server.script[:] = [reply(200, GOOD)]
+        assert ask(asked, "z").score == 1.0  # its place among those that may ask is free again
+    assert [thread for thread in threading.enumerate() if thread.name.startswith("reward-")] == []
 
 
 def test_a_judge_in_a_running_loop(serve: Any) -> None:

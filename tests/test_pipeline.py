@@ -7,6 +7,8 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from reflectvlm.recipe_files import pipelines, recipes_folder
 from reflectvlm.rewards.lift import per_rollout
 from reflectvlm.rewards.rubric import Rubric
 from reflectvlm.train.measure import Figures, comparison, figures_of
+from reflectvlm.train.signals import StopRequest
 from reflectvlm.types import Grid, Patches, Prompt, Rollout, Sample, ScoredGroup, Text, Visual
 from training import remainder
 
@@ -316,6 +319,99 @@ def test_sigterm_while_measuring(
     assert (done.finished, done.exit_code, list(done.figures)) == (False, 143, ["base"])
     assert "stopped by SIGTERM; the same command goes on" in capsys.readouterr().out
     assert not (done.folder / "summary.json").exists()
+    asked: list[str] = []
+
+    def counted(policy: Any, *_: Any) -> Figures:
+        asked.append(policy.source)
+        return FIGURES
+
+    monkeypatch.setattr(pipeline, "measure", counted)
+    whole = run(folder, tiny)  # the second part: what had been measured stays
+    assert (whole.folder, whole.finished, whole.exit_code, len(asked)) == (done.folder, True, 0, 2)
+    assert list(whole.figures) == ["base", "taught", "taught twice"]
+
+
+def test_max_minutes_while_measuring(
+    folder: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bug: `pipeline NAME max_minutes=1` limits the stages and not the measuring; or its second part, with
+    another limit, begins anew in another folder. Each row takes 40 of the 60 seconds."""
+    now = [0.0]
+    asked: list[float] = []
+
+    def slow(*_: Any) -> Figures:
+        asked.append(now[0])
+        now[0] += 40.0
+        return FIGURES
+
+    monkeypatch.setattr(pipeline, "measure", slow)
+    monkeypatch.setattr(pipeline, "StopRequest", lambda limit: StopRequest(limit, clock=lambda: now[0]))
+    done = run(folder, tiny, "max_minutes=1")
+    assert (done.finished, done.exit_code, list(done.figures)) == (False, 75, ["base", "taught"])
+    assert "stopped by max_minutes=1; the same command goes on" in capsys.readouterr().out
+    whole = run(folder, tiny, "max_minutes=2")
+    assert (whole.folder, whole.finished, whole.exit_code) == (done.folder, True, 0)
+    assert asked == [0.0, 40.0, 80.0]
+
+
+def test_measured_rows_are_never_written_anew(
+    folder: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: a kill while the file is rewritten at a start, before all of it is there again, loses every row
+    that had been measured."""
+
+    def told(*_: Any) -> Figures:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return FIGURES
+
+    monkeypatch.setattr(pipeline, "measure", told)
+    file = run(folder, tiny).folder / "measured.jsonl"
+    before = file.read_bytes()
+    with file.open("ab") as torn:
+        torn.write(b'{"row": "taught')
+    write = Path.write_text
+
+    def killed(self: Path, *given: Any, **named: Any) -> int:
+        if self.name == file.name:
+            self.open("wb").close()
+            raise RuntimeError("killed")
+        return write(self, *given, **named)
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    run(folder, tiny)
+    assert file.read_bytes().startswith(before)
+    assert len(file.read_text().splitlines()) == 2
+
+
+def test_a_stopped_pipeline_keeps_its_exit_code_without_a_reader(folder: Path, tiny: Path) -> None:
+    """Bug: `reflectvlm pipeline … | head` that a signal stops ends with 120, and is not started again."""
+    code = f"""
+import os, signal, sys
+from reflectvlm import cli, pipeline
+import test_pipeline
+def told(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return test_pipeline.FIGURES
+pipeline.measure = told
+sys.exit(cli.main(["pipeline", {str(folder / "pipe.yaml")!r}, "policy.path='{tiny}'", "root={folder}/runs"]))
+"""
+    run(folder, tiny)  # so that its stages are there
+    shutil.rmtree(folder / "runs")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        env=environment,
+        text=True,
+        check=False,
+    )
+    os.close(write)
+    assert done.returncode == 143, done.stderr
+    assert len((next((folder / "runs").glob("*/measured.jsonl"))).read_text().splitlines()) == 1
 
 
 def test_a_stopped_stage_stops_the_pipeline(fresh: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

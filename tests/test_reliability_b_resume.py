@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import random
 import signal
@@ -23,6 +24,7 @@ from reflectvlm.objectives import KL, ClippedSurrogate
 from reflectvlm.rollout.engine import InProcessEngine
 from reflectvlm.train import checkpoint, keeping, loop
 from reflectvlm.train.evaluate import Evaluation
+from reflectvlm.train.optim import AdamW
 from reflectvlm.train.rl import DynamicSampling, ReferenceSync, RLTrainer
 from training import at_call, crashed, logged, same_runs, small_brpo_copy, small_rl, small_sft
 
@@ -317,13 +319,13 @@ def test_b_resuming_reads_a_checkpoint_for_its_checksum_once(tmp_path, monkeypat
     """Bug: the bytes of a large checkpoint are hashed twice before the first step."""
     whole_reads = []
     crashed(small_rl(tmp_path), RLTrainer, "step", 4)
-    verify = checkpoint._verify
+    verify = checkpoint.read_manifest
 
     def counted(path, *, content=True):
         whole_reads.append(content)
         return verify(path, content=content)
 
-    monkeypatch.setattr(checkpoint, "_verify", counted)
+    monkeypatch.setattr(checkpoint, "read_manifest", counted)
     crashed(small_rl(tmp_path, output=AUTO), RLTrainer, "step", 1)
     assert whole_reads == [True, False]
 
@@ -393,3 +395,85 @@ def test_b1_killed_process_resumes_bit_for_bit(tmp_path):
     assert start(tmp_path / "whole", steps).wait() == 0
     assert logged(tmp_path / "cut" / "rl") == logged(tmp_path / "whole" / "rl")
     assert json.loads((tmp_path / "cut" / "rl" / "summary.json").read_text())["steps"] == steps
+
+
+def test_b_a_finished_run_goes_on_if_given_more_steps(tmp_path, whole):
+    """Bug: `steps=…` of a finished run is taken, told, and nothing is trained; or it begins at 0."""
+    first = small_rl(tmp_path, steps=3, optimizer=AdamW(lr=1e-3, schedule="constant")).run()
+    longer = {"steps": 5, "optimizer": AdamW(lr=1e-3, schedule="constant")}
+    again = small_rl(tmp_path, **longer, output={"resume": str(first.folder)}).run()
+    assert again.finished
+    assert again.folder == first.folder
+    unbroken = whole(small_rl, **longer)
+    assert [r["loss"] for r in logged(again.folder) if "loss" in r] == [
+        r["loss"] for r in logged(unbroken) if "loss" in r
+    ]
+    assert again.after == json.loads((unbroken / "summary.json").read_text())["after"]
+    assert (first.folder / "summary.1.json").is_file()
+    with pytest.raises(ValueError, match=r"is finished, and was .*: group_size 3 → 4\."):
+        small_rl(tmp_path, **longer, group_size=4, output={"resume": str(first.folder)}).run()
+    named = first.folder / "checkpoints" / "step-000004"
+    with pytest.raises(ValueError, match=r"is finished, so it cannot go on from step-000004"):
+        small_rl(tmp_path, **longer, output={"resume": str(named)}).run()
+
+
+def test_b_auto_takes_no_other_run_for_this_one(tmp_path, caplog):
+    """Bug: in Python, where there is no recipe, the result of another experiment of the same name is given
+    out as this one's, or another seed goes on with its checkpoint."""
+    caplog.set_level(logging.INFO)
+    first = small_rl(tmp_path, steps=2, test=None).run()
+    other = small_rl(tmp_path, steps=2, seed=5, test=None, output=AUTO).run()
+    assert other.folder == tmp_path / "rl-2"
+    assert f"{first.folder} is finished with other settings" in caplog.text
+    (other.folder / "summary.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"rl-2 is unfinished and was started with another recipe: seed 5 → 6"
+    ):
+        small_rl(tmp_path, steps=2, seed=6, test=None, output=AUTO).run()
+
+
+def test_b_a_changed_optimizer_is_used(tmp_path):
+    """Bug: the table says that betas and decay have changed, and the checkpoint's are used."""
+    crashed(small_rl(tmp_path), RLTrainer, "step", 4)
+    trainer = small_rl(tmp_path, optimizer=AdamW(lr=1e-3, betas=(0.5, 0.6), weight_decay=0.25), output=AUTO)
+    assert trainer.run().finished
+    groups = trainer.updater.optimizer.param_groups
+    assert [group["betas"] for group in groups] == [(0.5, 0.6)] * len(groups)
+    assert max(group["weight_decay"] for group in groups) == 0.25
+
+
+def test_b_a_changed_file_is_told(tmp_path, caplog):
+    """Bug: a reward's file was edited, and the run goes on as if it were the same."""
+    file = tmp_path / "my_rewards.py"
+    file.write_text("a = 1\n")
+    text = f"steps: 5\nrubric: {{function: '{file}:brevity'}}\n"
+    crashed(small_rl(tmp_path, output={"recipe_yaml": text}), RLTrainer, "step", 4)
+    file.write_text("a = 2\n")
+    assert small_rl(tmp_path, output=AUTO | {"recipe_yaml": text}).run().finished
+    assert "my_rewards.py is not what it was when" in caplog.text
+
+
+def test_b_damaged_checkpoints_do_not_let_a_run_begin_again(tmp_path):
+    """Bug: the only checkpoint is damaged, and days of metrics are replaced by a new beginning."""
+    crashed(small_rl(tmp_path), RLTrainer, "step", 4)
+    written = (tmp_path / "rl" / "metrics.jsonl").read_bytes()
+    (tmp_path / "rl" / "checkpoints" / "step-000002" / "manifest.json").unlink()
+    with pytest.raises(RuntimeError, match=r"None of the checkpoints in .* is valid \(step-000002;"):
+        small_rl(tmp_path, output=AUTO).run()
+    assert (tmp_path / "rl" / "metrics.jsonl").read_bytes() == written
+
+
+def test_b_a_stop_after_the_beginning_is_saved(tmp_path, monkeypatch):
+    """Bug: a run resumed from its step 0 finishes its first evaluation, is stopped, and saves nothing: with
+    short slots that repeats for ever."""
+    stop = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    with monkeypatch.context() as hook:
+        at_call(Evaluation, "__call__", 1, stop, hook)
+        assert small_rl(tmp_path).run().before == {}
+    trainer = small_rl(tmp_path, output=AUTO)
+    with monkeypatch.context() as hook:
+        at_call(InProcessEngine, "generate", 1, stop, hook, within=trainer)
+        stopped = trainer.run()
+    assert stopped.before
+    store = checkpoint.CheckpointStore(stopped.folder / "checkpoints")
+    assert store.load(store.latest()).state["loop"]["begun"]

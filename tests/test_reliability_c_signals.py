@@ -190,6 +190,31 @@ def test_c1_sigterm_of_a_process_saves_and_exits_with_its_code(tmp_path):
     assert not (tmp_path / "rl" / "summary.json").exists()
 
 
+def test_c1_a_second_signal_waits_for_no_save(tmp_path, monkeypatch):
+    """Bug: "stop at once" takes as long as the checkpoint of a large model that is just being written."""
+    written = threading.Event()
+    save = CheckpointStore.save
+
+    def slowly(self, *arguments, **named):
+        time.sleep(4)
+        written.set()
+        return save(self, *arguments, **named)
+
+    def twice():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = small_rl(tmp_path, output={"save_every": 1})
+    with monkeypatch.context() as hook:
+        hook.setattr(CheckpointStore, "save", slowly)
+        at_call(RLTrainer, "update", 2, twice, hook, within=trainer)
+        with pytest.raises(SystemExit) as caught:
+            trainer.run()
+        assert not written.is_set()
+        assert written.wait(20)
+    assert caught.value.code == 143
+
+
 def test_c1_a_second_signal_leaves_a_process_that_hangs(tmp_path):
     """Bug: a step that hangs (here in a data row) keeps the process until somebody finds `kill -9`."""
     code = f"""

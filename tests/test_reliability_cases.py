@@ -27,3 +27,5 @@ def test_the_table_names_no_file_that_is_not_there() -> None:
     text = (HERE.parent / "docs" / "reliability.md").read_text(encoding="utf-8")
     for file in re.findall(r"`(tests/test_\w+\.py)`", text):
         assert (HERE.parent / file).is_file(), file
+    for link in re.findall(r"\]\((\.\./[^)#]+)\)", text):
+        assert (HERE.parent / "docs" / link).resolve().is_file(), link

@@ -7,12 +7,14 @@ F1 what a reward does, F2 where it is called, F3 judges, F4 hostile answers.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
 import math
 import multiprocessing
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +27,8 @@ import pytest
 import torch
 
 from reflectvlm.advantages import GroupMean
+from reflectvlm.data.digits import Digits
+from reflectvlm.interrupt import Abandoned, abandonable
 from reflectvlm.rewards import (
     Accuracy,
     BackReward,
@@ -35,12 +39,15 @@ from reflectvlm.rewards import (
     RewardFailure,
     Rubric,
     TagFormat,
+    Verdict,
     answers,
     per_rollout,
 )
 from reflectvlm.rewards.reflection import closed_blocks
 from reflectvlm.tags import grpo, look_back, parse, qwen_la
+from reflectvlm.train.evaluate import Evaluation
 from reflectvlm.types import Prompt, Rollout, Sample, ScoredGroup, Text
+from training import small_rl
 
 FUNCTIONS = r'''
 import ctypes, os, signal, subprocess, sys, threading, time
@@ -354,6 +361,92 @@ def test_f1_different_reasons_without_end_are_bounded(caplog: pytest.LogCaptureF
         rubric.score([group(*letters[at : at + 10])])
     # 20 reasons in full, and one line for each of the 38 steps that have more.
     assert len(caplog.messages) == 20 + 38
+
+
+def test_f1_an_evaluation_spends_nothing_of_the_budget(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Bug: with max_failures=5 a run that looks at its validation rows ends; one that does not goes on."""
+
+    def fails_held_out(one: Rollout) -> float:
+        if not one.prompt.sample.id.startswith("digits-train"):
+            raise KeyError("no such column")
+        return float(sum(one.sampled_ids) % 7)
+
+    found = []
+    for every in (0, 1):
+        rubric = Rubric(rewards={"x": per_rollout(fails_held_out)}, weights={"x": 1.0}, max_failures=5)
+        held_out = Evaluation(data=Digits(split="validation", size=3), max_tokens=4)
+        trainer = small_rl(
+            tmp_path / str(every),
+            rubric=rubric,
+            evaluation=held_out,
+            test=None,
+            output={"checks": False, "eval_every": every},
+        )
+        # Six evaluations of three rows each fail 18 times.
+        found.append((trainer.run().finished, rubric.state()["failed"]))
+    assert found == [(True, 0)] * 2
+    assert any("'digits-validation-0'" in text for text in caplog.messages)
+    with pytest.raises(RewardFailure, match="max_failures=2"):  # of one evaluation alone
+        dataclasses.replace(trainer, rubric=dataclasses.replace(rubric, max_failures=2)).evaluate(held_out)
+
+
+def given_up(ask: Callable[[], Any], after: float = 0.5) -> float:
+    """Seconds from the request to stop until the caller has left."""
+    asked: list[float] = []
+    timer = threading.Timer(after, lambda: asked.append(time.perf_counter()))
+    timer.start()
+    with pytest.raises(Abandoned), abandonable(lambda: bool(asked)):
+        ask()
+    return time.perf_counter() - asked[0]
+
+
+def sleeping_judge(question: str, gold: str, answer: str, images: Any = (), /) -> Verdict:
+    if answer == "slow":
+        time.sleep(5.0)
+    return Verdict(score=1.0)
+
+
+SLOW = """
+import time
+def slow(texts):
+    if texts[0] == "slow": time.sleep(30.0)
+    return [1.0 for _ in texts]
+"""
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "here", "process", "two processes", "judge", "judge of one"])
+def test_f2_a_step_with_a_slow_reward_can_be_given_up(kind: str, beside: bool, tmp_path: Path) -> None:
+    """Bug: after SIGTERM all rewards of the step are still asked, and the job is killed unsaved."""
+    (tmp_path / "slow.py").write_text(SLOW)
+
+    def nap(texts: Sequence[str]) -> list[float]:
+        time.sleep(0.3 if texts[0] == "slow" else 0.0)
+        return [1.0 for _ in texts]
+
+    slow: dict[str, Any] = {
+        "plain": lambda rows: nap([one.text for one in rows]),
+        "here": Custom(function=nap, timeout=None),
+        "process": Custom(function=f"{tmp_path}/slow.py:slow", timeout=60.0, workers=1),
+        "two processes": Custom(function=f"{tmp_path}/slow.py:slow", timeout=60.0, workers=2),
+        "judge": Judged(judge=sleeping_judge),
+        "judge of one": Judged(judge=sleeping_judge, at_once=1),
+    }
+    rewards = {"slow": slow[kind]}
+    if beside:  # rewards that wait are asked side by side: the slow one is then in a thread of its own
+        rewards |= {
+            "other": Custom(function=f"{tmp_path}/slow.py:slow", timeout=60.0),
+            "quick": Judged(judge=lambda *case: Verdict(score=1.0)),
+        }
+    rubric = Rubric(rewards=rewards, weights=dict.fromkeys(rewards, 1.0))
+    ten = [group("slow", "other", name=str(at)) for at in range(10)]
+    assert given_up(lambda: rubric.score(ten)) < 1.0
+    for _ in range(2):
+        scored = rubric.score([group("a", "b"), group("c")])
+        assert [one.scored for one in scored] == [(True, True), (True,)]
+    close_all(*(one for one in [*slow.values(), *rewards.values()] if isinstance(one, Custom)))
 
 
 def score_in(place: str, rubric: Rubric, groups: Sequence[tuple[Rollout, ...]]) -> list[ScoredGroup]:

@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from reflectvlm.advantages import GroupMean
 from reflectvlm.data.digits import Digits
 from reflectvlm.data.rows import BadRow
+from reflectvlm.interrupt import Abandoned, abandonable
 from reflectvlm.objectives import ClippedSurrogate
 from reflectvlm.rewards.lift import per_rollout
 from reflectvlm.rewards.rubric import Rubric
+from reflectvlm.train.evaluate import Evaluation
 from reflectvlm.train.rl import DynamicSampling, RLTrainer
 from reflectvlm.train.update import NonFinite
 from reflectvlm.types import Rollout, Sample, SamplingParams
@@ -88,7 +91,7 @@ def test_a_run_in_which_nothing_is_scored_stops(tmp_path: Path) -> None:
 
 def test_steps_without_a_score_are_counted_in_a_row(tmp_path: Path) -> None:
     """Bug: three steps without a score, spread over days, end a run."""
-    answers = iter([None, None, 1.0, None, None, 1.0])
+    answers = iter([math.nan, math.nan, 1.0, math.nan, math.nan, 1.0])
 
     def sometimes(group: Sequence[Rollout]) -> list[float | None]:
         value = next(answers)
@@ -99,6 +102,100 @@ def test_steps_without_a_score_are_counted_in_a_row(tmp_path: Path) -> None:
     assert [one["unscored"] for one in metrics] == [1, 1, 0, 1, 1, 0]
     # NaN, which is shown as a dash, and not 0, which is a value.
     assert [math.isnan(one["reward/reward"]) for one in metrics] == [True, True, False, True, True, False]
+
+
+def test_f1_a_reward_that_seldom_applies_is_no_failure(tmp_path: Path, caplog: Any) -> None:
+    """Bug: an honest sparse reward, None on most rows, ends a run as one that always fails."""
+    given = iter([None] * 14 + [1.0] + [None] * 14)
+    trainer = trainer_with(tmp_path, lambda rows: [next(given)] * len(rows), steps=29, prompts_per_step=1)
+    metrics = [trainer.step(step).metrics["unscored"] for step in range(29)]
+    assert sum(metrics) == 28
+    (told,) = [text for text in caplog.messages if "No reward applied" in text]
+    assert "of 10 steps in a row" in told
+    assert "a reward that always applies" in told
+
+
+def test_f1_steps_to_which_nothing_applies_do_not_hide_a_broken_reward(tmp_path: Path) -> None:
+    """Bug: a reward that fails wherever it applies trains nothing, and the run ends well."""
+    given = iter([math.nan, None, None, math.nan, None, math.nan])
+    trainer = trainer_with(tmp_path, lambda rows: [next(given)] * len(rows), steps=29, prompts_per_step=1)
+    for step in range(5):
+        trainer.step(step)
+    with pytest.raises(RuntimeError, match="All rollouts of 3 steps"):
+        trainer.step(5)
+
+
+def test_f1_a_measure_that_fails_is_not_why_a_step_is_unscored(tmp_path: Path) -> None:
+    """Bug: a reward of weight 0, which is only measured, ends the run."""
+    rewards: dict[str, Any] = {
+        "sparse": lambda rows: [None] * len(rows),
+        "measure": lambda rows: [math.nan] * len(rows),
+    }
+    rubric = Rubric(rewards=rewards, weights={"sparse": 1.0, "measure": 0.0})
+    trainer = small_rl(tmp_path, rubric=rubric, steps=9)
+    for step in range(5):
+        assert trainer.step(step).metrics["unscored"] == 1
+
+
+def test_f5_a_run_whose_answers_are_all_cut_stops(tmp_path: Path) -> None:
+    """Bug: with drop_truncated and too few tokens every answer is left out, for days."""
+    trainer = trainer_with(tmp_path, per_rollout(remainder), drop_truncated=True, steps=9)
+    whole = trainer.rollouts
+    trainer.rollouts = lambda *asked: [  # type: ignore[method-assign]
+        tuple(dataclasses.replace(one, stop="length") for one in rows) for rows in whole(*asked)
+    ]
+    for step in range(2):
+        trainer.step(step)
+    with pytest.raises(RuntimeError, match=r"drop_truncated left all answers out.*raise sampling.max_tokens"):
+        trainer.step(2)
+
+
+class Breaking(list[Sample]):
+    """Rows of which some cannot be read."""
+
+    broken: Sequence[int] = ()
+
+    def __getitem__(self, index: Any) -> Any:
+        if index in self.broken:
+            raise BadRow(f"rows.jsonl:{index}", "images", "the file is gone", "Put it back.")
+        return super().__getitem__(index)
+
+
+def test_e2_a_bad_row_of_an_evaluation_is_left_out_and_told(tmp_path: Path, caplog: Any) -> None:
+    """Bug: an image of the test rows that has gone since ends a run, days in."""
+    data = Breaking(Digits(split="validation", size=4))
+    trainer = trainer_with(tmp_path, per_rollout(remainder))
+    evaluation = Evaluation(data=data, max_tokens=4)
+    assert "rows" not in trainer.evaluate(evaluation)[0]
+    data.broken = (2,)
+    for _ in range(2):
+        values, groups = trainer.evaluate(evaluation)
+        assert (values["rows"], len(groups)) == (3.0, 3)
+    assert caplog.text.count("row left out of the evaluation: rows.jsonl:2") == 1
+    data.broken = range(4)
+    with pytest.raises(ValueError, match=r"None of the 4 rows of an evaluation.*rows.jsonl:3.*Repair"):
+        trainer.evaluate(evaluation)
+    # One that the image processor refuses: 300 pixels by 1.
+    odd = dataclasses.replace(Digits()[0], id="odd", images=(Image.new("RGB", (300, 1)),))
+    values, _ = trainer.evaluate(Evaluation(data=[Digits()[0], odd], max_tokens=4))
+    assert values["rows"] == 1.0
+    assert "It cannot be shown to the policy" in caplog.text
+
+
+def test_an_evaluation_can_be_given_up_while_it_reads(tmp_path: Path) -> None:
+    """Bug: a stop waits until the images of all test rows have been read."""
+    trainer = trainer_with(tmp_path, per_rollout(remainder))
+    read: list[int] = []
+
+    class Slow(list[Sample]):
+        def __getitem__(self, index: Any) -> Any:
+            read.append(index)
+            return super().__getitem__(index)
+
+    slow = Evaluation(data=Slow(Digits(size=9)), max_tokens=4)
+    with pytest.raises(Abandoned), abandonable(lambda: len(read) >= 3):
+        trainer.evaluate(slow)
+    assert read == [0, 1, 2]
 
 
 def test_unscored_rollouts_enter_no_batch(tmp_path: Path) -> None:

@@ -324,6 +324,24 @@ def test_a_recipe_that_holds_a_secret_is_refused(
         ({"a": 1234567890123456}, {"PIN_TOKEN": "1234567890123456"}, True),
         ({"a": "0123456789abcdef"}, {"KEYBOARD": "0123456789abcdef", "MONKEY": "0123456789abcdef"}, False),
         ({"a": str(SOURCE)}, {"GOOGLE_APPLICATION_CREDENTIALS": str(SOURCE)}, False),  # a path is no secret
+        ({"a": "Qwen/Qwen2.5-VL-7B-Instruct"}, {"MODEL_KEY": "Qwen/Qwen2.5-VL-7B-Instruct"}, False),
+        ({"a": "/gone/models/qwen/final"}, {"MODEL_KEY": "/gone/models/qwen/final"}, False),
+        ({"a": "data/train/rows.jsonl"}, {"ROWS_KEY": "data/train/rows.jsonl"}, False),
+        ({"a": "../rows/of mine/a.jsonl"}, {"ROWS_KEY": "../rows/of mine/a.jsonl"}, False),
+        ({"a": "<|vision_start|>"}, {"SPECIAL_TOKEN": "<|vision_start|>"}, False),
+        ({"a": "ssh://a-very-long-name-of-some-team@host/x"}, {}, False),
+        ({"a": "See http://example.com?a=1&mail=somebody.long.name@example.com"}, {}, False),
+        ({"a": "http://example.com?a=b:c@example.com", "b": "http://example.com#b:c@d"}, {}, False),
+        ({"a": "https://:passwordalone@h/x"}, {}, True),
+        ({"a": "https://0123456789abcdef0123456789abcdef01234567@h/x"}, {}, True),
+        ({"a": "https://hf_abcdefghijklmnop@h/x"}, {}, True),
+        ({"a": "hf_abcdefgh/x"}, {"HF_TOKEN": "hf_abcdefgh/x"}, True),
+        (
+            {"a": "wJalrXUtnFEMI/K7MDENG/bPxRfiCYzzzzzzzzzz"},
+            {"AWS_KEY": "wJalrXUtnFEMI/K7MDENG/bPxRfiCYzzzzzzzzzz"},
+            True,
+        ),
+        ({"a": "correct horse battery"}, {"DB_PASSWORD": "correct horse battery"}, True),
     ],
 )
 def test_what_counts_as_a_secret(

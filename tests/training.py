@@ -113,7 +113,7 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
 
 
-class Crash(Exception):
+class Crash(BaseException):  # no boundary for errors of data or rewards may keep it
     """A run that dies at once, as far as one process can show it."""
 
 

@@ -141,6 +141,9 @@ def answer_rows(make: Callable[[], Generator], data: Dataset, file: AnswerFile, 
             missing = [sample for sample in samples if not file.answered(sample)]
             if not missing:
                 continue
+            if stop.requested:  # asked only here: one that comes with the last row has nothing to stop
+                signal = stop.reason
+                break
             generator = generator or make()
             try:
                 with abandonable(lambda: stop.requested):
@@ -152,9 +155,6 @@ def answer_rows(make: Callable[[], Generator], data: Dataset, file: AnswerFile, 
             added = [rollout for rollout in rollouts if rollout.prompt.sample.id in new]
             file.add(generator, added)
             made += added
-            if stop.requested:
-                signal = stop.reason
-                break
             if time.monotonic() - told >= EVERY:
                 told = time.monotonic()
                 _tell_progress(len(file.asked), len(data), len(made), told - started)

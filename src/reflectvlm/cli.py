@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 from reflectvlm import __version__
 from reflectvlm.recipe_check import RecipeError, nearest
+from reflectvlm.train.printing import put, put_error, settle
 
 HELP = """\
 reflectvlm: RL and SFT that teach a vision-language model to look at its image again
@@ -86,10 +87,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        return _ended(arguments)
+    finally:
+        settle()
+
+
+def _ended(arguments: list[str]) -> int:
+    try:
         return _dispatch(arguments)
-    except BrokenPipeError:  # `reflectvlm recipes | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         return _fail("stopped by Ctrl-C", 130)
     except ValueError as error:  # RecipeError, and what constructors and data say about what a user wrote
@@ -102,10 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(arguments: list[str]) -> int:
     command, *rest = arguments or ["--help"]
     if command in ("-h", "--help", "help") or "-h" in rest or "--help" in rest:
-        print(HELP, end="")
+        put(HELP)
         return 0
     if command in ("-V", "--version", "version"):
-        print(f"reflectvlm {__version__}")
+        put(f"reflectvlm {__version__}\n")
         return 0
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
@@ -135,11 +140,11 @@ def _recipes(rest: list[str]) -> int:
     found = recipes()
     width = max(map(len, found))
     for name, description in found.items():
-        print(f"{name:<{width}}  {description}")
+        put(f"{name:<{width}}  {description}\n")
     chains = pipelines()
-    print(f"\nPipelines, made of recipes: `pipeline NAME` runs one of {recipes_folder() / 'pipelines'}")
+    put(f"\nPipelines, made of recipes: `pipeline NAME` runs one of {recipes_folder() / 'pipelines'}\n")
     for name, description in chains.items():
-        print(f"{name:<{width}}  {description}")
+        put(f"{name:<{width}}  {description}\n")
     return 0
 
 
@@ -150,8 +155,8 @@ def _show(rest: list[str]) -> int:
     recipe, overrides = _split("show", rest)
     composed = compose(recipe, overrides)
     folder, name = find_recipe(recipe)
-    print(f"# {recipe}, composed. Where its values come from is said in {folder / name}.yaml")
-    print(composed.yaml, end="")
+    put(f"# {recipe}, composed. Where its values come from is said in {folder / name}.yaml\n")
+    put(composed.yaml)
     return 0
 
 
@@ -274,6 +279,6 @@ def _share_cores() -> None:
 
 def _fail(text: str, code: int) -> int:
     if os.environ.get("REFLECTVLM_TRACEBACK") == "1":
-        traceback.print_exc()
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        put_error(traceback.format_exc())
+    put_error(f"error: {' '.join(text.split())}\n")
     return code

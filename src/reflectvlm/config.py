@@ -141,6 +141,8 @@ def _readable(recipe: str) -> Iterator[None]:
     except yaml.MarkedYAMLError as error:
         raise RecipeError(_yaml_problem(error, recipe)) from error
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        if isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):  # Hydra wraps this too
+            raise KeyboardInterrupt from error
         raise RecipeError(f"Recipe {recipe!r}: {_one_line(error)}") from error
 
 

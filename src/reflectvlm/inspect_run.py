@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from reflectvlm.train.checkpoint import problem_of
 from reflectvlm.train.lock import holder
+from reflectvlm.train.manifest import problem_of
 from reflectvlm.train.run_folder import RunFolder
 from reflectvlm.train.table import Table, say
 

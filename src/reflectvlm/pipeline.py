@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -41,12 +42,13 @@ from reflectvlm.train.measure import Figures, comparison, measure, share
 from reflectvlm.train.run import Output
 from reflectvlm.train.run_folder import RunFolder
 from reflectvlm.train.signals import StopRequest
+from reflectvlm.train.table import say
 from reflectvlm.types import Instruction
 
 log = logging.getLogger("reflectvlm")
 
 _OWN = ("held_out", "measures", "table", STAGES)
-_OWN_OUTPUT = ("output.root", "output.resume")
+_OWN_OUTPUT = ("output.root", "output.resume", "output.max_minutes")
 _TAGS = ("new_tags", "embeddings")
 _IDENTITY = "identity"
 """The key of the recorded recipe that holds what its other keys mean on this disk."""
@@ -124,7 +126,7 @@ def run_pipeline(name: str, *words: str) -> PipelineResult:
         with StopRequest(output.max_minutes) as stop:
             measured = _measure_all(pipeline, runs, models, identities, folder, stop)
         if len(measured) < len(pipeline.table):
-            print(f"stopped by {stop.reason}; the same command goes on with {folder.path}")
+            say(f"stopped by {stop.reason}; the same command goes on with {folder.path}")
             return PipelineResult(
                 folder=folder.path, figures=measured, finished=False, exit_code=stop.exit_code
             )
@@ -176,7 +178,7 @@ def _identity(composed: Composed, pipeline: Pipeline, identities: Sequence[str])
 
 def _folder_name(composed: Composed) -> str:
     """`pipeline-qwen_la`, and what was asked for beside: `pipeline-qwen_la-seed-1`."""
-    asked = [word for word in composed.overrides if not word.startswith(("root=", "resume=", "output."))]
+    asked = [word for word in composed.overrides if of_stage(word) or not key_of(word).startswith("output.")]
     words = [re.sub(r"[^\w.+-]+", "-", word) for word in asked]
     text = "-".join(["pipeline", Path(composed.recipe).stem, *words])
     return text if len(text) <= 100 else f"{text[:80]}-{sha256(text.encode()).hexdigest()[:8]}"
@@ -226,9 +228,11 @@ def _measured(file: Path) -> dict[tuple[str, str, str], Figures]:
     cut is dropped."""
     if not file.is_file():
         return {}
-    lines = file.read_text(encoding="utf-8").rpartition("\n")[0]
-    file.write_text(lines + "\n" if lines else "", encoding="utf-8")
-    entries = [json.loads(line) for line in lines.splitlines()]
+    data = file.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(file, len(whole))  # never written anew: a kill between would leave nothing
+    entries = [json.loads(line) for line in whole.splitlines()]
     keys = [(entry.pop("row"), entry.pop("model"), entry.pop("identity")) for entry in entries]
     return {key: Figures(**entry) for key, entry in zip(keys, entries, strict=True)}
 
@@ -277,7 +281,7 @@ def _end(
     )
     folder.write_summary({"command": command, "rows": rows}, f"{drawn.markdown}\n{legend}")
     drawn.show()
-    print(f"table and figures are in {folder.path}")
+    say(f"table and figures are in {folder.path}")
     return PipelineResult(folder=folder.path, figures=figures, finished=True)
 
 

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from reflectvlm.recipe_check import RecipeError
+from reflectvlm.recipe_check import RecipeError, leaves
 
 VARIABLE = "REFLECTVLM_CACHE"
 _CHANGES_NO_RESULT = ("output", "evaluation", "test", "name")
@@ -122,6 +122,17 @@ def finished_rows(folder: Path) -> Path | None:
     if not (folder / ROWS).is_file():
         raise RecipeError(f"{folder} is a finished stage without rows. Delete the folder to make it anew.")
     return folder / ROWS
+
+
+def named_files(values: Any) -> dict[str, str]:
+    """The files that texts in a recipe name (rewards, instructions), each with a digest of its content."""
+    found: dict[str, str] = {}
+    for _, value in leaves(values):
+        for name in (str(value), str(value).rpartition(":")[0]) if isinstance(value, str) else ():
+            path = os.path.expanduser(name)
+            if os.path.isfile(path):
+                found[name] = _content(Path(path)).hex()[:16]
+    return found
 
 
 def _with_contents(value: Any, key: str = "", in_data: bool = False) -> Any:

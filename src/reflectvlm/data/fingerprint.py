@@ -1,15 +1,18 @@
 """A name for a data set by its content, so that a resumed run notices other rows than those it began with.
 
 It depends on how many rows there are, on which rows of a file are used, and on the text of at most 64 rows
-at fixed places; of rows in memory also on a few pixels of their images. Left out: a change between those
-places that keeps the number of rows, and images that a row only names (their files are not opened).
+at fixed places; of rows in memory also on a few pixels of their images. Rows that are made when asked for
+are read more than once: what chance has a hand in, such as augmented images, cannot be compared and does not
+count. Left out: a change between those places that keeps the number of rows, images that a row only names
+(their files are not opened), and whatever a row that cannot be read holds beside its place.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -21,7 +24,12 @@ from reflectvlm.types import Sample
 if TYPE_CHECKING:
     from hashlib import _Hash
 
+log = logging.getLogger("reflectvlm")
+
 _PLACES = 64
+_COMPARED = 32
+"""So many second looks at least, for few rows several at each: one coin that falls the same side twice must
+not pass for a rule."""
 _ENDLESS = 2**24
 """From this size on rows are made when asked for, which costs time: a quarter of the places is enough."""
 
@@ -32,7 +40,15 @@ def fingerprint(data: Sequence[Sample]) -> str:
     Example: `fingerprint(Digits(size=100))` is `"100-"` and 16 figures.
     """
     digest = hashlib.sha256()
-    _add_data(digest, data)
+    random: set[str] = set()
+    _add_data(digest, data, random)
+    if random:
+        log.warning(
+            "%s of the data differ each time that a row is read, so a resumed run cannot tell whether "
+            "they are those that it began with%s",
+            " and ".join(part for part in _PARTS if part in random),
+            ": only the number of rows is compared" if random.issuperset(_PARTS) else "",
+        )
     return f"{len(data)}-{digest.hexdigest()[:16]}"
 
 
@@ -42,23 +58,21 @@ def places(size: int) -> list[int]:
     return sorted({i * (size - 1) // max(count - 1, 1) for i in range(count)})
 
 
-def _add_data(digest: _Hash, data: Sequence[Sample]) -> None:
+def _add_data(digest: _Hash, data: Sequence[Sample], random: set[str]) -> None:
+    """Adds to `random` the parts of rows that are left out."""
     _add(digest, len(data))
     if isinstance(data, Dataset):
         _add_dataset(digest, data)
     elif isinstance(data, Curriculum):
         _add(digest, list(data.rows))
         for part in data.parts:
-            _add_data(digest, part)
+            _add_data(digest, part, random)
     else:
-        for place in places(len(data)):
-            try:
-                sample = data[place]
-            except BadRow as bad:
-                _add(digest, [place, bad.position])
-            else:
-                _add(digest, [sample.id, sample.question, sample.answer, sample.columns])
-                _add(digest, list(sample.images))
+        rows, differing = _looked_at(data)
+        random |= differing
+        for place, row in rows.items():
+            kept = [row[part] for part in _PARTS if part not in differing] if row else [place]
+            _add(digest, kept)
 
 
 def _add_dataset(digest: _Hash, data: Dataset) -> None:
@@ -70,8 +84,51 @@ def _add_dataset(digest: _Hash, data: Dataset) -> None:
             row = data.rows[kept[place]]
         except BadRow as bad:
             _add(digest, [place, bad.position])
-        else:
-            _add(digest, row)
+            continue
+        try:
+            _add(digest, _content(row))
+        except Exception:  # noqa: BLE001 - an image inside of it is cut; the run meets the row and names it
+            _add(digest, place)
+
+
+# -- rows that are made when asked for ------------------------------------------------------------
+
+_PARTS = ("ids", "questions", "answers", "columns", "images")
+
+_Row: TypeAlias = Mapping[str, bytes]
+"""A digest of each part; empty for a row that cannot be read."""
+
+
+def _looked_at(data: Sequence[Sample]) -> tuple[dict[int, _Row], set[str]]:
+    """Rows by their places, and which of their parts are not the same each time."""
+    where = places(len(data))
+    rows = {place: _row(data, place) for place in where}
+    differing: set[str] = set()
+    for _ in range(-(-_COMPARED // max(len(where), 1))):
+        for place in where:
+            again = _row(data, place)
+            if rows[place] and again:
+                differing |= {part for part in _PARTS if again[part] != rows[place][part]}
+            rows[place] = rows[place] or again  # a source that failed once
+    return rows, differing
+
+
+def _row(data: Sequence[Sample], place: int) -> _Row:
+    try:
+        sample = data[place]
+        parts = (sample.id, sample.question, sample.answer, sample.columns, list(sample.images))
+        return {name: _content(part) for name, part in zip(_PARTS, parts, strict=True)}
+    except Exception:  # noqa: BLE001 - a user's own code and images; the run meets the row and names it
+        return {}
+
+
+# -- bytes of a value -----------------------------------------------------------------------------
+
+
+def _content(value: Any) -> bytes:
+    digest = hashlib.sha256()
+    _add(digest, value)
+    return digest.digest()
 
 
 def _add(digest: _Hash, value: Any) -> None:

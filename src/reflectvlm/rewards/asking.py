@@ -6,7 +6,7 @@ and gives for each what `reward(group)` would give, or the exception it would ra
 here, one after the other. Values come by place: what was done first changes nothing.
 
 This is the boundary for rewards: whatever they raise or return becomes a number, None, or an exception
-that says why there is none.
+that says why there is none. Before each call a step may be given up.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from reflectvlm.protocols import Reward
-from reflectvlm.rewards.lanes import side_by_side
+from reflectvlm.rewards.lanes import side_by_side, still_wanted
 from reflectvlm.types import Rollout
 
 Value: TypeAlias = float | BaseException | None
@@ -62,6 +62,7 @@ def _ask(reward: Reward, units: Sequence[Group]) -> list[list[Value]]:
 
 
 def _called(function: Any, argument: Any) -> Any:
+    still_wanted()
     try:
         return function(argument)
     except _FAILURES as error:

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from reflectvlm.rewards.isolation import Code, Parameters, RewardError, pickled
+from reflectvlm.rewards.lanes import still_wanted
 from reflectvlm.rewards.lift import PerRollout
 from reflectvlm.rewards.pool import WorkerPool, shared_pool
 from reflectvlm.rewards.worker import call, describe
@@ -155,6 +156,7 @@ class Custom:
     def _here(self, rollouts: tuple[Rollout, ...]) -> Any:
         function = self.function
         assert callable(function)
+        still_wanted()
         try:
             described = describe(function)
             parameters = Parameters(

@@ -5,8 +5,9 @@ after a growing pause or as long as the server's `Retry-After` says: no connecti
 408, 409, 425, 429, 5xx, and a reply that is no verdict. Not asked again: a refusal and other 4xx.
 
 The API key is read from the environment when it is needed; only the variable's name is ever kept, and the
-key itself is struck out of everything a server sends back. Redirects are not followed: they would take
-the key elsewhere. Left out: streaming, batches, tools.
+key itself is struck out of everything a server sends back, before it is read. Redirects are not followed:
+they would take the key elsewhere. Pauses and requests end soon when nobody waits for the verdict any more
+(`lanes.still_wanted`). Left out: streaming, batches, tools.
 """
 
 from __future__ import annotations
@@ -14,19 +15,30 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import hashlib
+import html
 import json
 import os
 import random
+import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from reflectvlm.rewards.judge_cache import VerdictCache
-from reflectvlm.rewards.judge_reply import INSTRUCTION, BadReply, Refusal, messages, read_reply
+from reflectvlm.rewards.judge_reply import (
+    INSTRUCTION,
+    BadReply,
+    NoCompletion,
+    Refusal,
+    messages,
+    read_reply,
+)
+from reflectvlm.rewards.lanes import SLICE_SECONDS, pause, still_wanted
 from reflectvlm.rewards.verdict import Verdict, case_of
 from reflectvlm.rewards.worker import awaited
 
@@ -99,7 +111,7 @@ class HttpJudge:
         key = hashlib.sha256(f"{self.url}\n".encode() + body).hexdigest()
         if self._cache is not None and (known := self._cache.get(key)) is not None:
             return known
-        with self._free:
+        with self._place():
             verdict, said = self._ask(body, key)
         if self._cache is None or not said:
             return verdict
@@ -126,13 +138,13 @@ class HttpJudge:
             except Refusal as error:
                 return self._unscored(str(error)), True
             except BadReply as error:
-                failed = _Failed(str(error), again=True, said=True)
+                failed = _Failed(str(error), again=True, said=not isinstance(error, NoCompletion))
             except _Failed as error:
                 failed = error
-            pause = self._pause(failed.wait, key, attempt)
-            if not failed.again or attempt == self.retries or pause is None:
+            seconds = self._pause(failed.wait, key, attempt)
+            if not failed.again or attempt == self.retries or seconds is None:
                 break
-            time.sleep(pause)
+            pause(seconds)
         times = f" ({attempt + 1} attempts)" if attempt else ""
         return self._unscored(f"{failed.reason}{times}"), failed.said
 
@@ -145,7 +157,7 @@ class HttpJudge:
 
     def _post(self, body: bytes) -> bytes:
         """The body of a reply with status 200."""
-        found: bytes = awaited(self._posted(body))
+        found: bytes = awaited(_while_wanted(self._posted(body)))
         return found
 
     async def _posted(self, body: bytes) -> bytes:
@@ -165,16 +177,44 @@ class HttpJudge:
                     "POST", self.url.rstrip("/") + "/chat/completions", content=body, headers=headers
                 ) as response,
             ):
-                return _checked(response.status_code, response.headers, await _read(response))
+                found = self._struck((await _read(response)).decode("latin-1")).encode("latin-1")
+                return _checked(response.status_code, response.headers, found)
         except (TimeoutError, httpx.TimeoutException):
             raise _Failed(f"no reply of the judge within {self.timeout:g} s", again=True) from None
         except httpx.HTTPError as error:
             raise _Failed(f"no reply of the judge: {type(error).__name__}: {error}", again=True) from None
 
     def _unscored(self, reason: str) -> Verdict:
-        if self.key_env is not None:
-            reason = reason.replace(_key(self.key_env), "[key]")
-        return Verdict(score=None, why=reason)
+        return Verdict(score=None, why=self._struck(reason))
+
+    def _struck(self, text: str) -> str:
+        """Without the key, whose characters may be escaped, as in JSON or in an address."""
+        key = _key(self.key_env) if self.key_env is not None else ""
+        if not key:
+            return text
+        return re.sub("".join(map(_as_written, key)), "[key]", text)
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """One of the requests that may be under way at the same time."""
+        while not self._free.acquire(timeout=SLICE_SECONDS):
+            still_wanted()
+        try:
+            yield
+        finally:
+            self._free.release()
+
+
+async def _while_wanted(request: Coroutine[Any, Any, bytes]) -> bytes:
+    """What a request gives; it is cut off when nobody waits for it any more."""
+    task = asyncio.ensure_future(request)
+    try:
+        while not task.done():
+            await asyncio.wait({task}, timeout=SLICE_SECONDS)
+            still_wanted()
+    finally:
+        task.cancel()
+    return task.result()
 
 
 async def _read(response: Any) -> bytes:
@@ -245,6 +285,13 @@ def _check_key(name: str | None) -> None:
         raise ValueError(
             f"The environment variable {name} holds characters that no key has. Export it again."
         )
+
+
+def _as_written(character: str) -> str:
+    """Pattern of a character of the key: plain, or as JSON (in JSON), a page or an address has it."""
+    plain, code = re.escape(character), f"{ord(character):02x}"
+    named = re.escape(html.escape(character))
+    return rf"(?:\\{{0,3}}{plain}|{named}|(?i:\\{{1,2}}u00{code}|%{code}|&#x{code};|&#{ord(character)};))"
 
 
 def _key(name: str) -> str:

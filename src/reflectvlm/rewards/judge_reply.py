@@ -31,6 +31,10 @@ class BadReply(Exception):
     """The model said nothing that can be read as a verdict."""
 
 
+class NoCompletion(BadReply):
+    """What came is no chat completion: the word of a proxy or of a broken server, not of the model."""
+
+
 class Refusal(BadReply):
     """The model, or its server, declined to judge. Asking again would change nothing."""
 
@@ -76,7 +80,7 @@ def _choice(body: bytes) -> dict[str, Any]:
             return dict(choice)
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         pass
-    raise BadReply(f"the server's reply is no chat completion: {_short(body.decode(errors='replace'))}")
+    raise NoCompletion(f"the server's reply is no chat completion: {_short(body.decode(errors='replace'))}")
 
 
 def _text(content: Any) -> str:

@@ -57,7 +57,7 @@ class Judged:
         cases = [self._case(rollout) for rollout in rows]
         first = {case: rollout for case, rollout in reversed(list(zip(cases, rows, strict=True))) if case}
         asked = [partial(self._score, rollout) for rollout in first.values()]
-        known = dict(zip(first, side_by_side(asked, self.at_once), strict=True))
+        known = dict(zip(first, side_by_side(asked, self.at_once, apart=True), strict=True))
         scores = iter([0.0 if case is None else known[case] for case in cases])
         return [_values([next(scores) for _ in group]) for group in groups]
 

@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+from reflectvlm.rewards.lanes import still_wanted
+
 MARK = "REFLECTVLM_WORKER"
 """Environment variable by which everything that a worker started is found again."""
 _POLL_MS = 200
@@ -185,6 +187,7 @@ def _wait(
     poll.register(fd, event)
     poll.register(prints, select.POLLIN)
     while True:
+        still_wanted()
         left = deadline - time.monotonic()
         ready = [at for at, _ in poll.poll(max(0.0, min(left * 1000, _POLL_MS)))]
         if prints in ready and not printed.drain(prints):

@@ -108,10 +108,18 @@ class Rubric:
             if isinstance(value, OverflowError)
         ]
         self._report("the weighted sum", failures(overflows))
-        _let_go(asked)
-        return [
+        scored = [
             self._scored(group, {n: asked[n][at] for n in asked}, sums[at]) for at, group in enumerate(rows)
         ]
+        self._tally.lost += _lost(scored, asked, [name for name in asked if self.weights[name] != 0], sums)
+        _let_go(asked)
+        return scored
+
+    @property
+    def lost(self) -> int:
+        """Rollouts so far, in this process, that are unscored because something failed; those to which no
+        reward applied do not count."""
+        return self._tally.lost
 
     def state(self) -> dict[str, Any]:
         """Failures so far, for a checkpoint: JSON-like, and small."""
@@ -187,6 +195,20 @@ class Rubric:
         effect = "only measured" if self.weights.get(name) == 0 else f"on_error={self.on_error!r}"
         for line in self._tally.lines(name, failed, effect):
             _log.warning("%s", line)
+
+
+def _lost(
+    scored: Sequence[ScoredGroup],
+    asked: Mapping[str, Sequence[Sequence[Value]]],
+    weighted: Sequence[str],
+    sums: Sequence[Sequence[Value]],
+) -> int:
+    """How many rollouts are unscored although a reward that counts applied to them: it failed."""
+    return sum(
+        not keep and (sums[at][row] is not None or any(asked[name][at][row] is not None for name in weighted))
+        for at, group in enumerate(scored)
+        for row, keep in enumerate(group.scored)
+    )
 
 
 def _let_go(asked: Mapping[str, Sequence[Sequence[Value]]]) -> None:

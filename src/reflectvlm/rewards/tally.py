@@ -61,6 +61,8 @@ class Tally:
     recent: dict[str, deque[tuple[int, int]]] = field(default_factory=dict)
     """Per reward, of each of its latest steps: failed values, values asked for."""
     told: set[tuple[str, str]] = field(default_factory=set)
+    lost: int = 0
+    """Rollouts that a failure left unscored, counted by this process; in no checkpoint."""
 
     def count(self, name: str, failed: int, asked: int) -> None:
         self.failed += failed

@@ -8,6 +8,7 @@ the one that was never changed. `output` changes no result and is not compared.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,11 +22,41 @@ MayChange: TypeAlias = Callable[[str], bool]
 _MAY_CHANGE = re.compile(
     r"""steps | optimizer\.(?!_target_).+ | micro_rows | engine\.max_rows | sampling\.(?!_target_).+
     | group_size | prompts_per_step | rows_per_step | updates_per_step | epochs_per_step
-    | max_prompt_tokens | max_tokens | row_rules\..+ | drop_truncated | keep_equal_groups | dynamic_sampling.*
-    | advantage\..+ | objective\.(?!kl$|_target_).+ | rubric\.(weights\..+ | max_failures | max_failed_share)
-    | on_nonfinite | max_nonfinite | evaluation.* | tag""",
+    | max_prompt_tokens | max_tokens | row_rules\..+ | drop_truncated | keep_equal_groups
+    | dynamic_sampling\.(?!_target_).+ | advantage\.(?!_target_).+ | objective\.(?!kl|_target_).+
+    | rubric\.(weights\..+ | max_failures | max_failed_share)
+    | on_nonfinite | max_nonfinite | evaluation(\..+)? | tag""",
     re.VERBOSE,
 )
+
+
+def settings(trainer: Any) -> str:
+    """A trainer's own settings in the form of a recipe, for runs that have none: what can be written down
+    of its fields. Model and rows, which are told by their content, and evaluations are left out."""
+    import yaml
+
+    lines = {
+        name: _plain(getattr(trainer, name))
+        for name in (field.name for field in dataclasses.fields(trainer) if field.init)
+        if name not in ("policy", "data", "output", "evaluation", "test", "engine")
+    }
+    head = "# settings of a trainer that was made in Python; this is no recipe that can be run\n"
+    return head + yaml.safe_dump(lines, sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, texts and nests of them; objects by their fields, functions and all else by name."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    kind = getattr(value, "__qualname__", type(value).__qualname__)
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return kind
+    shown = [field.name for field in dataclasses.fields(value) if field.init and field.repr]
+    return {"_target_": kind} | {name: _plain(getattr(value, name)) for name in shown}
 
 
 class Change(NamedTuple):
@@ -62,17 +93,31 @@ def changes(recorded: Path, recipe: str | None, may_change: MayChange = nothing)
     return sorted(found, key=lambda change: (change.allowed, change.key))
 
 
-def check(recorded: Path, recipe: str | None, may_change: MayChange) -> list[Change]:
-    """The changes, if a run may go on with all of them; else a ValueError that names those it may not."""
+def check(
+    recorded: Path, recipe: str | None, may_change: MayChange, *, finished: bool = False
+) -> list[Change]:
+    """The changes, if a run may go on with all of them; else a ValueError that names those it may not. A
+    finished run goes on only if it is given more steps."""
     found = changes(recorded, recipe, may_change)
+    if finished and found and not _longer(found):
+        raise ValueError(
+            f"{recorded.parent} is finished, and was started with another recipe: {_line(found)}. "
+            "Give it more steps to go on with it, or start anew with resume=never."
+        )
     if refused := [change for change in found if not change.allowed]:
         also = len(found) - len(refused)
         rest = f" ({also} other change{'s' * (also > 1)} would be allowed)" if also else ""
         raise ValueError(
-            f"{recorded.parent} is unfinished and was started with another recipe: {_line(refused)}{rest}. "
+            f"{recorded.parent} is {'' if finished else 'un'}finished and was started with another recipe: "
+            f"{_line(refused)}{rest}. "
             "Go on with the old values, start anew with resume=never, or delete that folder."
         )
     return found
+
+
+def _longer(found: Sequence[Change]) -> bool:
+    steps = [(one.old, one.new) for one in found if one.key == "steps"]
+    return any(old.isdigit() and new.isdigit() and int(new) > int(old) for old, new in steps)
 
 
 def table(found: Sequence[Change], run: Path) -> Table:

@@ -1,24 +1,23 @@
 """Checkpoints that a kill, a full disk or a flipped bit cannot turn into a wrong resume.
 
-A checkpoint is a folder `step-000123` of safetensors files, `state.json` and plain copies. It is
+A checkpoint is a folder `step-000123` of safetensors files and `state.json`. It is
 written to `.tmp-…` beside its place, every file is flushed to the disk, `manifest.json` (size and
 sha256 of every file, and a checksum of itself) comes last, and one rename makes it visible. Whether
 a folder is a checkpoint is decided by its manifest, never by its number.
 
 Nothing is pickled, so loading runs no code. Left out: sharded files of several ranks (the caller
-gathers first) and saving in the background.
+gathers first). Saving while training goes on is `saver.py`, what is valid `manifest.py`.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,10 +27,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from reflectvlm.train.manifest import (
+    FORMAT_VERSION,
+    Invalid,
+    canonical,
+    checksum,
+    looks_valid,
+    read_manifest,
+    sha256,
+    step_of,
+)
 from reflectvlm.train.packing import JSON
-
-FORMAT_VERSION = 2
-"""2: what the checkpoint belongs to is in it (`keeping.py`)."""
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +54,7 @@ class Checkpoint:
     tensors: Mapping[str, Mapping[str, Tensor]]
     state: Mapping[str, JSON]
     path: Path
-    """Its folder; `copies` given to `save` lie in it under their names."""
+    """Its folder."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +76,13 @@ class CheckpointStore:
         *,
         tensors: Mapping[str, Mapping[str, Tensor]],
         state: Mapping[str, JSON],
-        copies: Mapping[str, Path] | None = None,
     ) -> Path:
         """Write checkpoint `step` whole or not at all and return its folder.
 
-        `tensors`: one file `<name>.safetensors` each. `copies`: name in the checkpoint -> a file or
-        folder to copy in. `OSError` if it cannot be written; earlier checkpoints are then intact.
+        `tensors`: one file `<name>.safetensors` each. `OSError` if it cannot be written; earlier
+        checkpoints are then intact.
         """
-        copies = copies or {}
-        _check(step, tensors, copies)
+        _check(step, tensors)
         text = _json_text(state)
         final = self.folder / f"step-{step:06d}"
         temporary = self.folder / f".tmp-{final.name}-{os.getpid()}"
@@ -87,7 +91,7 @@ class CheckpointStore:
             for stale in self.folder.glob(".tmp-*"):
                 _remove(stale)
             temporary.mkdir()
-            _fill(temporary, step, tensors, text, copies)
+            _fill(temporary, step, tensors, text)
             _put_aside(final)
             _rename(temporary, final)
             _fsync(self.folder)
@@ -110,8 +114,8 @@ class CheckpointStore:
             candidates = self._candidates()
             for path in candidates:
                 try:
-                    _verify(path)
-                except _Invalid as reason:
+                    read_manifest(path)
+                except Invalid as reason:
                     if path.exists():  # else the writer has rotated it away since
                         logger.warning("Checkpoint %s is skipped: %s", path, reason)
                 else:
@@ -138,8 +142,8 @@ class CheckpointStore:
         a path that `latest` has just returned."""
         path = Path(path)
         try:
-            manifest = _verify(path, content=verify)
-        except _Invalid as reason:
+            manifest = read_manifest(path, content=verify)
+        except Invalid as reason:
             raise ValueError(
                 f"{path} is no valid checkpoint: {reason}. Choose another step, or resume=auto for the "
                 "newest valid one."
@@ -159,7 +163,7 @@ class CheckpointStore:
         an earlier one than the newest: a later resume must not mix two histories. They are renamed to
         `superseded-…` and never deleted: only who made them knows whether they are still wanted."""
         for path in self._candidates():
-            if _step_of(path) > step:
+            if step_of(path) > step:
                 target = path.with_name(f"superseded-{path.name.removeprefix('.old-')}")
                 while target.exists():
                     target = target.with_name(f"{target.name}-again")
@@ -169,10 +173,10 @@ class CheckpointStore:
     def _candidates(self) -> list[Path]:
         """Folders that may be checkpoints, newest first. One put aside counts only if nothing stands
         in its place: a kill may have come between the two renames of a step saved twice."""
-        found = [path for path in self.folder.glob("step-*") if path.is_dir() and _step_of(path) >= 0]
+        found = [path for path in self.folder.glob("step-*") if path.is_dir() and step_of(path) >= 0]
         names = {path.name for path in found}
         aside = [p for p in self.folder.glob(".old-step-*") if p.is_dir() and p.name[5:] not in names]
-        return sorted([*found, *aside], key=_step_of, reverse=True)
+        return sorted([*found, *aside], key=step_of, reverse=True)
 
     def _prune(self, newest: Path) -> None:
         """Delete what `keep` does not cover. `newest` stays whatever its number. A folder counts as
@@ -182,7 +186,7 @@ class CheckpointStore:
                 _remove(leftover)
             kept = 1
             for path in self._candidates():
-                if path == newest or not _looks_valid(path):
+                if path == newest or not looks_valid(path):
                     continue
                 kept += 1
                 if kept > self.keep:
@@ -195,10 +199,10 @@ class CheckpointStore:
 # Writing. Everything that touches the disk passes through the functions at the end of the file.
 
 
-def _check(step: int, tensors: Mapping[str, Any], copies: Mapping[str, Path]) -> None:
+def _check(step: int, tensors: Mapping[str, Any]) -> None:
     if step < 0:
         raise ValueError(f"Checkpoint step is {step}. It must be 0 or more.")
-    names = [*(f"{name}.safetensors" for name in tensors), *copies, "state.json", "manifest.json"]
+    names = [*(f"{name}.safetensors" for name in tensors), "state.json", "manifest.json"]
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
             raise ValueError(
@@ -225,29 +229,24 @@ def _fill(
     step: int,
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: str,
-    copies: Mapping[str, Path],
 ) -> None:
     """Write all files, flush each, and the manifest last."""
     for name, values in tensors.items():
         ready = _own_memory(values)
         _write(folder / f"{name}.safetensors", partial(save_file, ready))
     _write(folder / "state.json", partial(_write_text, state))
-    for name, source in copies.items():
-        for origin, relative in _files_of(Path(source), name):
-            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-            _write(folder / relative, partial(_copy, origin))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     described = {}
     for path in files:
         _fsync(path)
         described[path.relative_to(folder).as_posix()] = {
             "size": path.stat().st_size,
-            "sha256": _sha256(path),
+            "sha256": sha256(path),
         }
     for directory in sorted(path for path in folder.rglob("*") if path.is_dir()):
         _fsync(directory)
     body = {"format": FORMAT_VERSION, "step": step, "tensors": list(tensors), "files": described}
-    manifest = _canonical({**body, "checksum": _checksum(body)})
+    manifest = canonical({**body, "checksum": checksum(body)})
     _write(folder / "manifest.json", partial(_write_text, manifest))
     _fsync(folder / "manifest.json")
     _fsync(folder)
@@ -267,18 +266,6 @@ def _own_memory(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen.add(address)
         ready[name] = tensor
     return ready
-
-
-def _files_of(source: Path, name: str) -> Iterator[tuple[Path, Path]]:
-    if source.is_file():
-        yield source, Path(name)
-    elif source.is_dir():
-        for path in sorted(p for p in source.rglob("*") if p.is_file()):
-            yield path, name / path.relative_to(source)
-    else:
-        raise FileNotFoundError(
-            errno.ENOENT, f"{source}, which should be copied in as {name!r}, does not exist"
-        )
 
 
 def _put_aside(path: Path) -> Path | None:
@@ -301,90 +288,6 @@ def _delete(path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Checking.
-
-
-class _Invalid(Exception):
-    """Why a folder is no checkpoint."""
-
-
-def problem_of(path: Path) -> str | None:
-    """Why a folder is no valid checkpoint, every byte compared; None if it is one."""
-    try:
-        _verify(path)
-    except (_Invalid, ValueError) as reason:
-        return str(reason)
-    return None
-
-
-def _verify(path: Path, *, content: bool = True) -> dict[str, Any]:
-    """The manifest of a valid checkpoint; `_Invalid` names the first file that differs."""
-    manifest = _manifest(path)
-    for name, expected in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise _Invalid(f"{name} is missing")
-        try:
-            size, digest = file.stat().st_size, _sha256(file) if content else expected["sha256"]
-        except OSError as error:
-            raise _Invalid(f"{name} cannot be read: {error.strerror or error}") from None
-        if size != expected["size"]:
-            raise _Invalid(f"{name} has {size} bytes, its manifest says {expected['size']}")
-        if digest != expected["sha256"]:
-            raise _Invalid(f"{name} has another sha256 than its manifest says")
-    return manifest
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        body = {key: value for key, value in manifest.items() if key != "checksum"}
-        intact = manifest["checksum"] == _checksum(body)
-    except OSError:
-        raise _Invalid("manifest.json is missing") from None
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise _Invalid("manifest.json is damaged") from None
-    if not intact:
-        raise _Invalid("manifest.json is damaged")
-    if manifest["format"] != FORMAT_VERSION:
-        remedy = "Update reflectvlm to read it" if manifest["format"] > FORMAT_VERSION else "Start anew"
-        raise ValueError(
-            f"{path} has checkpoint format {manifest['format']}; this version of reflectvlm reads "
-            f"{FORMAT_VERSION}. {remedy}."
-        )
-    if manifest["step"] != _step_of(path):
-        raise _Invalid(f"manifest.json is that of step {manifest['step']}")
-    return dict(manifest)
-
-
-def _looks_valid(path: Path) -> bool:
-    try:
-        _verify(path, content=False)
-    except (_Invalid, ValueError):
-        return False
-    return True
-
-
-def _step_of(path: Path) -> int:
-    """The number in a folder's name, or -1."""
-    found = re.fullmatch(r"(?:\.old-)?step-(\d+)", path.name)
-    return int(found[1]) if found else -1
-
-
-def _canonical(value: JSON) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-def _checksum(body: JSON) -> str:
-    return hashlib.sha256(_canonical(body).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------
 # The disk.
 
 
@@ -401,10 +304,6 @@ def _write(path: Path, write: Callable[[Path], None]) -> None:
 
 def _write_text(text: str, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
 
 
 def _fsync(path: Path) -> None:

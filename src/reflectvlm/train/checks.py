@@ -25,7 +25,7 @@ import torch
 from reflectvlm.train.checks_gold import gold_answers
 from reflectvlm.train.checks_policy import engine, sight, weights
 from reflectvlm.train.checks_result import CheckFailed, Result, Status
-from reflectvlm.train.checks_subject import Subject
+from reflectvlm.train.checks_subject import Kind, Subject, kind_of, samples
 from reflectvlm.train.checks_text import answer_end, tags
 from reflectvlm.train.packing import rng_state, set_rng_state
 
@@ -34,6 +34,9 @@ __all__ = ["CheckFailed", "Result", "check_start", "lines", "run_checks"]
 log = logging.getLogger("reflectvlm")
 
 Check = Callable[[Subject], Result]
+
+# What breaks in these breaks the run as well; of any other nothing says so.
+_SURE = {("rows", "rl"), ("rows", "sft"), ("rows", "rows"), ("engine", "rl")}
 
 CHECKS: tuple[tuple[str, Check], ...] = (
     ("weights", weights),
@@ -55,13 +58,14 @@ _MARKS: dict[Status, str] = {
 
 def run_checks(trainer: Any) -> list[Result]:
     """All checks of an `RLTrainer`, `SFTTrainer` or `Distiller`, in the order of the list above."""
-    policy = trainer.policy
-    _ = getattr(trainer, "rollout_engine", None)  # moves the policy to its device
-    with _undisturbed(policy.module), torch.no_grad():
+    module = trainer.policy.module
+    _move(trainer)
+    with _undisturbed(module), torch.no_grad():
+        module.eval()  # dropout is noise to both sight and parity, and not every engine turns it off
         try:
             subject = Subject.of(trainer)
         except Exception as error:  # noqa: BLE001  boundary: whatever rows or engines raise is a finding
-            return [_broke("rows", error)]
+            return [_broke("rows", kind_of(trainer), error)]
         found = [subject.rows]
         for name, check in CHECKS:
             found.append(_checked(name, check, subject, found))
@@ -113,14 +117,26 @@ def _checked(name: str, check: Check, subject: Subject, before: Sequence[Result]
     try:
         return check(subject)
     except Exception as error:  # noqa: BLE001  boundary: what a check meets in the user's parts is its finding
-        return _broke(name, error)
+        return _broke(name, subject.kind, error)
 
 
-def _broke(name: str, error: Exception) -> Result:
+def _broke(name: str, kind: Kind, error: Exception) -> Result:
+    """A check that could not be made is no proof that the run cannot: it needs other memory, at least."""
     text = " ".join(str(error).split())
     log.debug("check %s", name, exc_info=error)
     own = isinstance(error, RuntimeError | ValueError) and text
-    return Result(name, "failed", text if own else f"{type(error).__name__}: {text}")
+    text = text if own else f"{type(error).__name__}: {text}"
+    if (name, kind) in _SURE and not isinstance(error, torch.OutOfMemoryError):
+        return Result(name, "failed", text)
+    return Result(name, "warning", f"this check could not be made: {text}", "The run goes on without it.")
+
+
+def _move(trainer: Any) -> None:
+    """The policy to the device that it will work on; no engine is made that the run does not use."""
+    if (runtime := getattr(trainer, "runtime", None)) is not None:
+        trainer.policy.module.to(runtime.device)
+    if samples(trainer):
+        _ = trainer.rollout_engine  # made here: one that cannot be is the run's own error, not a finding
 
 
 @contextmanager

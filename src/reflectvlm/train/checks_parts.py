@@ -37,14 +37,24 @@ class Part:
     @property
     def full(self) -> bool:
         """Whether a right answer in the right layout gets 1 from it, for certain."""
-        if isinstance(self.reward, BackReward):
-            return self.accuracy is not None
-        return isinstance(self.reward, Accuracy | TagFormat)
+        if type(self.reward) is BackReward:
+            return type(self.reward.accuracy) is Accuracy
+        return type(self.reward) in (Accuracy, TagFormat)
+
+    @property
+    def right(self) -> float:
+        """An answer to which it gives less is wrong, for certain; 0 if it does not tell.
+
+        The layout alone tells nothing: of the texts that a layout of the user's allows we make but one.
+        """
+        if not self.full or type(self.reward) is TagFormat:
+            return 0.0
+        return 1.0 - self.reward.w if type(self.reward) is BackReward else 1.0
 
     @property
     def own(self) -> bool:
-        """Whether it is one of this library's."""
-        return self.full or isinstance(self.reward, ReflectionBalance | SoftOverlong | LengthPenalty)
+        """Whether it is one of this library's. A class that inherits from one may do anything."""
+        return self.full or type(self.reward) in (ReflectionBalance, SoftOverlong, LengthPenalty)
 
 
 def parts(rubric: Any) -> tuple[Part, ...]:
@@ -71,8 +81,12 @@ def answer_tags(rubric: Any) -> Iterator[str]:
 
 def places(rubric: Any) -> tuple[str, ...]:
     """Where its rewards read the answer: `"boxed"`, or a tag without brackets."""
-    found = (getattr(part.accuracy or part.reward, "answer_from", None) for part in parts(rubric))
-    return tuple(dict.fromkeys(one for one in found if isinstance(one, str) and one != "text"))
+    found = (
+        (getattr(part.accuracy or part.reward, "answer_from", None), part.accuracy is not None)
+        for part in parts(rubric)
+    )
+    # To other rewards "text" is the whole answer, to Accuracy a tag like any other.
+    return tuple(dict.fromkeys(one for one, tag in found if isinstance(one, str) and (tag or one != "text")))
 
 
 def answer_text(answer: str, layout: Layout | None, where: tuple[str, ...]) -> str:
@@ -87,6 +101,8 @@ def answer_text(answer: str, layout: Layout | None, where: tuple[str, ...]) -> s
     tags = list(_blocks(layout))
     holders = {tag for tag in (*where, layout.answer_tag if layout else None) if tag not in ("boxed", None)}
     tags += sorted(holders - {*tags})
+    if "boxed" in where and layout is not None and not (tags or ends_with_box or layout.free_text):
+        tags += [block.tag for block in layout.blocks][:1]  # text beside blocks is not allowed
     if "boxed" in where and not ends_with_box and not holders:
         holders = {*tags[-1:]}
     empty = _may_be_empty(layout)

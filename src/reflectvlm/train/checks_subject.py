@@ -23,6 +23,8 @@ other: a trainer of the user's own, of which only policy and prompts are known."
 
 ROWS = 8
 """Rows that are looked at."""
+_FURTHER = 64
+"""Rows that are read until one can be used: of data of which much is left out, eight may all be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,17 +34,24 @@ class Subject:
     kind: Kind
     policy: QwenVL
     engine: RolloutEngine | None
+    """None: the run never asks the policy for an answer."""
     rubric: Any
     rows: Result
     """What reading them came to."""
     prompts: tuple[Prompt, ...]
     """Of those that can be used."""
+    looked: int = 0
+    """How many rows were looked at, whether or not they can be used."""
+    group_size: int = 1
+    """Answers to one prompt that the rubric gets at once."""
     reattention: Reattention = field(default_factory=Implicit)
     instructions: tuple[Instruction, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     """How the run samples; SFT only evaluates, and has the budget of that."""
     target: str | None = None
     """Column with gold answers written out."""
+    repairs: bool = False
+    """Whether those may become the run's rows as they are, though it asks the policy for them."""
     evaluates: bool = True
     """Whether the rubric is ever asked."""
     reported: tuple[str, ...] = ()
@@ -50,19 +59,20 @@ class Subject:
 
     @classmethod
     def of(cls, trainer: Any) -> Subject:
-        from reflectvlm.train.distill import Distiller
-        from reflectvlm.train.rl import RLTrainer
-        from reflectvlm.train.sft import SFTTrainer
-
-        if isinstance(trainer, RLTrainer):
-            return _of_rl(trainer)
-        if isinstance(trainer, SFTTrainer):
-            return _of_sft(trainer)
-        if isinstance(trainer, Distiller):
-            return _of_distiller(trainer)
+        readers = {"rl": _of_rl, "sft": _of_sft, "rows": _of_distiller}
+        if reader := readers.get(kind_of(trainer)):
+            return reader(trainer)
         prompts = tuple(trainer.canary_prompts())
         read = Result("rows", "ok", f"{len(prompts)} rows are read")
-        return cls(kind="other", policy=trainer.policy, engine=None, rubric=None, rows=read, prompts=prompts)
+        return cls(
+            kind="other",
+            policy=trainer.policy,
+            engine=None,
+            rubric=None,
+            rows=read,
+            prompts=prompts,
+            looked=len(prompts),
+        )
 
     def gold(self, prompt: Prompt) -> str | None:
         """The row's gold answer as it is written out in its data, if it is."""
@@ -86,6 +96,23 @@ class Subject:
         )
 
 
+def kind_of(trainer: Any) -> Kind:
+    from reflectvlm.train.distill import Distiller
+    from reflectvlm.train.rl import RLTrainer
+    from reflectvlm.train.sft import SFTTrainer
+
+    kinds: tuple[tuple[type, Kind], ...] = ((RLTrainer, "rl"), (SFTTrainer, "sft"), (Distiller, "rows"))
+    return next((kind for made, kind in kinds if isinstance(trainer, made)), "other")
+
+
+def samples(trainer: Any) -> bool:
+    """Whether a run of ours ever asks its engine; SFT does so for evaluations alone."""
+    kind = kind_of(trainer)
+    if kind == "sft":
+        return trainer.evaluation is not None or trainer.test is not None
+    return kind in ("rl", "rows")
+
+
 def _of_rl(trainer: Any) -> Subject:
     rows, prompts = _read(trainer)
     return Subject(
@@ -95,6 +122,8 @@ def _of_rl(trainer: Any) -> Subject:
         rubric=trainer.rubric,
         rows=rows,
         prompts=prompts,
+        looked=min(ROWS, len(trainer.data)),
+        group_size=getattr(trainer, "group_size", 1),
         reattention=trainer.reattention,
         instructions=(trainer.instruction,),
         sampling=trainer.sampling,
@@ -108,10 +137,11 @@ def _of_sft(trainer: Any) -> Subject:
     return Subject(
         kind="sft",
         policy=trainer.policy,
-        engine=trainer.rollout_engine,
+        engine=trainer.rollout_engine if samples(trainer) else None,
         rubric=trainer.rubric,
         rows=rows,
         prompts=prompts,
+        looked=min(ROWS, len(trainer.data)),
         reattention=trainer.reattention,
         instructions=tuple(trainer.instructions),
         sampling=SamplingParams(max_tokens=min((one.max_tokens for one in evaluations), default=2**31)),
@@ -122,19 +152,12 @@ def _of_sft(trainer: Any) -> Subject:
 
 
 def _of_distiller(trainer: Any) -> Subject:
-    rows, prompts = _read(trainer)
-    return Subject(
+    return dataclasses.replace(
+        _of_rl(trainer),
         kind="rows",
-        policy=trainer.policy,
-        engine=trainer.rollout_engine,
-        rubric=trainer.rubric,
-        rows=rows,
-        prompts=prompts,
-        reattention=trainer.reattention,
-        instructions=(trainer.instruction,),
-        sampling=trainer.sampling,
         target=trainer.target,
-        reported=_reported(trainer, trainer.tag),
+        repairs=trainer.wrong == "repair",
+        group_size=trainer.samples_per_row,
     )
 
 
@@ -163,8 +186,11 @@ def _read(trainer: Any) -> tuple[Result, tuple[Prompt, ...]]:
     prompts: list[Prompt] = []
     lengths: list[int] = []
     problems: list[_Problem] = []
-    count = min(ROWS, len(trainer.data))
-    for position in range(count):
+    count = 0
+    for position in range(min(_FURTHER, len(trainer.data))):
+        if count >= ROWS and (prompts or any(one.ends_the_run for one in problems)):
+            break
+        count += 1
         try:
             ((prompt, answer),) = looking.these([position])
         except Exception as error:  # noqa: BLE001  boundary: data sets and their readers may be the user's own

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.rollout.placing import next_trigger, special_id
 from reflectvlm.tags import layout_tags
-from reflectvlm.train.checks_parts import answer_tags, answer_text, layouts, places
-from reflectvlm.train.checks_result import Result
+from reflectvlm.train.checks_parts import answer_tags, answer_text, layouts, parts, places
+from reflectvlm.train.checks_result import Result, Status
 from reflectvlm.train.checks_subject import Subject
 
 _BESIDE = ("", "a", "7", " ", "\n", ".", "</")
 """What a tag may stand beside; each before it is tried with each behind it."""
+_LONG = 30
+"""Characters from which on an answer may well be said in fewer."""
 
 
 def tags(subject: Subject) -> Result:
@@ -22,9 +24,9 @@ def tags(subject: Subject) -> Result:
     wanted, reported = _tags(subject)
     if not wanted and not reported:
         return Result("tags", "not applicable", "no reward and no re-attention reads a tag")
-    for tag in wanted:
-        if problem := _problem(subject, tag):
-            return problem
+    problems = [problem for tag in wanted if (problem := _problem(subject, tag))]
+    if problems:
+        return min(problems, key=lambda one: one.status != "failed")  # of equals the first
     for tag in reported:
         if _problem(subject, tag) is not None:
             return Result(
@@ -45,7 +47,7 @@ def answer_end(subject: Subject) -> Result:
     if wrong := [number for number in ends if not isinstance(number, int) or number in policy.reserved_ids]:
         return Result(
             "answer end",
-            "failed",
+            "failed" if wrong[0] == ends[0] else "warning",  # gold answers end with the first
             f"the ids that end an answer are {list(ends)}, of which {wrong[0]!r} can never be sampled",
             "The tokenizer lacks <|im_end|> or <|endoftext|>, or they are out of the model's vocabulary: "
             "take tokenizer and model from one folder.",
@@ -56,23 +58,32 @@ def answer_end(subject: Subject) -> Result:
 def _budget(subject: Subject, end: str) -> Result:
     """Gold answers that are written out show what the policy needs, short ones of ours what anybody does."""
     budget = subject.sampling.max_tokens
+    never = _never_fits(subject, budget)
     owner = "evaluation.max_tokens" if subject.kind == "sft" else "sampling.max_tokens"
     longest = 0
-    for what, texts, certain in (
-        ("short right answers", _shortest(subject), subject.kind == "rl"),
-        ("gold answers", subject.golds, False),
-    ):
+    for what, texts in (("short right answers", _shortest(subject)), ("gold answers", subject.golds)):
         lengths = [len(subject.policy.answer(text)[0].ids) for text in texts]
         longest = max([longest, *lengths])
         if long := sum(length > budget for length in lengths):
             return Result(
                 "answer end",
-                "failed" if certain and long == len(lengths) else "warning",
+                "failed" if never else "warning",
                 f"{long} of {len(lengths)} {what} are longer than {owner}={budget}: up to {longest} tokens",
                 f"An answer that is cut off cannot be right: raise {owner} to {longest} or more.",
             )
     known = f"; right ones have up to {longest} tokens, {owner} is {budget}"
     return Result("answer end", "ok", end + known * (longest > 0 and budget < 2**31))
+
+
+def _never_fits(subject: Subject, budget: int) -> bool:
+    """Whether RL can never see a right answer: not even without a layout, without the token at the end, and
+    with no reward of the user's own to learn from. A long gold answer may have a short equal."""
+    where, known = places(subject.rubric), parts(subject.rubric)
+    if subject.kind != "rl" or not where or not all(part.own for part in known):
+        return False
+    answers = [prompt.sample.answer for prompt in subject.prompts if len(prompt.sample.answer) <= _LONG]
+    bare = [subject.policy.answer(answer_text(answer, None, where[:1]))[0] for answer in answers]
+    return bool(bare) and min(len(text.ids) - 1 for text in bare) > budget
 
 
 # -- tags -----------------------------------------------------------------------------------------
@@ -89,18 +100,21 @@ def _tags(subject: Subject) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _problem(subject: Subject, tag: str) -> Result | None:
-    """Why a tag cannot do what it is for."""
+    """Why a tag cannot do what it is for. It stops a run that waits for the tag: as a trigger, or in rewards
+    that are trained on."""
     policy = subject.policy
     ids = policy.tokenizer.encode(tag, add_special_tokens=False)
+    is_trigger = tag == subject.reattention.trigger
+    needed = is_trigger or (subject.kind != "sft" and tag not in subject.sampling.stop)
+    fatal: Status = "failed" if needed else "warning"
     if banned := [number for number in ids if number in policy.reserved_ids]:
         return Result(
             "tags",
-            "failed",
+            fatal,
             f"{tag!r} holds token {policy.decode(banned[:1])!r}, which stands for pixels or for nothing and "
             "is never sampled",
             "Choose another tag; policy.new_tags makes one that is a token of its own.",
         )
-    is_trigger = tag == subject.reattention.trigger
     if is_trigger and special_id(policy, tag) in policy.end_ids:
         return Result(
             "tags",
@@ -108,25 +122,52 @@ def _problem(subject: Subject, tag: str) -> Result | None:
             f"the trigger {tag!r} ends the answer, so nothing can follow it",
             "Choose another trigger, e.g. '<back>'.",
         )
-    for before, behind in itertools.product(_BESIDE, _BESIDE):
-        text = f"{before}{tag}{behind}"
-        ids = policy.tokenizer.encode(text, add_special_tokens=False)
-        if (came := policy.decode(ids)) != text:
-            return Result(
-                "tags",
-                "failed",
-                f"{text!r} comes back from the tokenizer as {came!r}",
-                f"Rewards and re-attention would never see {tag!r}: choose another tag, or a tokenizer that "
-                "neither strips nor normalises around its added tokens.",
-            )
-        if is_trigger and next_trigger(policy, [*ids, policy.end_ids[0]], tag, 0) is None:
-            return Result(
-                "tags",
-                "failed",
-                f"the trigger {tag!r} is not seen in {text!r}",
-                "Choose a trigger that is one special token (policy.new_tags), or another spelling.",
-            )
-    return None
+    return _changed(policy, tag, fatal) or (_unseen(policy, tag) if is_trigger else None)
+
+
+def _beside(tag: str) -> list[str]:
+    return [f"{before}{tag}{behind}" for before, behind in itertools.product(_BESIDE, _BESIDE)]
+
+
+def _changed(policy: QwenVL, tag: str, fatal: Status) -> Result | None:
+    """A tag that is lost wherever it stands stops a run; one that loses a space beside it does not."""
+    came = {
+        text: policy.decode(policy.tokenizer.encode(text, add_special_tokens=False)) for text in _beside(tag)
+    }
+    changed = next((text for text in came if came[text] != text), None)
+    if changed is None:
+        return None
+    lost = not any(tag in text for text in came.values())
+    return Result(
+        "tags",
+        fatal if lost else "warning",
+        f"{changed!r} comes back from the tokenizer as {came[changed]!r}",
+        f"Rewards and re-attention {'would never' if lost else 'may not'} see {tag!r}: choose another tag, "
+        "or a tokenizer that neither strips nor normalises around its added tokens.",
+    )
+
+
+def _unseen(policy: QwenVL, trigger: str) -> Result | None:
+    texts = _beside(trigger)
+    unseen = [
+        text
+        for text in texts
+        if next_trigger(
+            policy,
+            [*policy.tokenizer.encode(text, add_special_tokens=False), policy.end_ids[0]],
+            trigger,
+            0,
+        )
+        is None
+    ]
+    if not unseen:
+        return None
+    return Result(
+        "tags",
+        "failed" if len(unseen) == len(texts) else "warning",
+        f"the trigger {trigger!r} is not seen in {unseen[0]!r}",
+        "Choose a trigger that is one special token (policy.new_tags), or another spelling.",
+    )
 
 
 def _unasked(subject: Subject) -> Result | None:

@@ -6,17 +6,15 @@ or bends what is printed. Left out: keys that `KNOWN` does not name; `metrics.js
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import math
-import os
 import re
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TextIO, cast, runtime_checkable
+from typing import Any, NamedTuple, TextIO, cast
 
 from rich import box
 from rich.console import Console as RichConsole
@@ -29,6 +27,7 @@ from rich.text import Text
 
 from reflectvlm.html import pieces, tag_color
 from reflectvlm.train.evaluate import PLAIN_NAMES
+from reflectvlm.train.printing import SafeStream, Writable
 from reflectvlm.train.reflections import for_display
 from reflectvlm.train.table import Table
 from reflectvlm.types import ScoredGroup
@@ -85,16 +84,6 @@ _TRENDS = ("reward", "accuracy", "loss", "back_rate")
 _BARS = "▁▂▃▄▅▆▇█"
 _TAG_STYLES = ("magenta", "cyan", "yellow", "green", "blue", "red")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-@runtime_checkable
-class Writable(Protocol):
-    """What the console needs of a stream."""
-
-    def write(self, text: str, /) -> int: ...
-    def flush(self) -> None: ...
-    def isatty(self) -> bool: ...
-    def fileno(self) -> int: ...
 
 
 @dataclass
@@ -173,7 +162,7 @@ class Console:
     def _out(self) -> RichConsole:
         if self._rich is None:
             file = self.file if self.file is not None else sys.stdout
-            stream = cast(TextIO, _Stream(file))
+            stream = cast(TextIO, SafeStream(file))
             self._rich = RichConsole(file=stream, width=self.width, highlight=False, force_jupyter=False)
         return self._rich
 
@@ -344,59 +333,3 @@ def _change(key: str, old: float, new: float) -> str:
 
 def _can_redraw(out: RichConsole) -> bool:
     return out.is_terminal and not out.is_dumb_terminal and out.file.isatty()
-
-
-@dataclass
-class _Stream:
-    """What rich writes to: a text stream that falls silent instead of raising.
-
-    rich itself answers a broken pipe with SystemExit, which would end the training.
-    """
-
-    file: Writable | None
-    """None: the process was started with standard output closed."""
-
-    @property
-    def encoding(self) -> str:
-        return getattr(self.file, "encoding", None) or "utf-8"
-
-    def isatty(self) -> bool:
-        with contextlib.suppress(ValueError, OSError):
-            return self.file is not None and self.file.isatty()
-        return False
-
-    def fileno(self) -> int:
-        if self.file is None:
-            raise OSError("standard output is closed")
-        return self.file.fileno()
-
-    def write(self, text: str) -> int:
-        try:
-            self._write(text)
-        except (OSError, ValueError) as error:
-            self._silence(error)
-        return len(text)
-
-    def flush(self) -> None:
-        try:
-            if self.file is not None:
-                self.file.flush()
-        except (OSError, ValueError) as error:
-            self._silence(error)
-
-    def _write(self, text: str) -> None:
-        if self.file is None:
-            return
-        try:
-            self.file.write(text)
-        except UnicodeEncodeError:
-            self.file.write(text.encode(self.encoding, "replace").decode(self.encoding))
-
-    def _silence(self, error: Exception) -> None:
-        if isinstance(error, OSError) and self.file is sys.stdout:
-            # Python flushes standard output once more at exit; without this it would end with an error.
-            with contextlib.suppress(OSError, ValueError):
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, self.fileno())
-                os.close(null)
-        self.file = None

@@ -20,7 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from reflectvlm.data.fingerprint import fingerprint
 from reflectvlm.interrupt import Abandoned, abandonable, committed
@@ -198,20 +198,25 @@ class _Run:
         if not path.exists():
             self.images.mkdir(exist_ok=True)
             aside = path.with_suffix(".tmp")
-            image.save(aside, format="PNG", compress_level=1)
+            with aside.open("wb") as file:
+                image.save(file, format="PNG", compress_level=1)
+                _flush(file)
             os.replace(aside, path)
         return f"{self.images.name}/{path.name}"
 
     # -- progress on disk -----------------------------------------------------------------------
 
     def _append(self, lines: Sequence[Mapping[str, Any]], tally: Tally) -> None:
-        """Rows first, then the line that says they are whole."""
+        """Images first, then the rows that name them, then the line that says they are whole."""
         committed()
+        for folder in (self.images, self.folder.path):
+            _flush_folder(folder)
         _write(self.rows, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         self.done += 1
         self.tally = self.tally.plus(tally)
         size = self.rows.stat().st_size
         entry = {"batch": self.done, "bytes": size, "data": self.data, **tally._asdict()}
+        entry |= {"rubric": self.distiller.rubric.state()}
         _write(self.progress, json.dumps(entry) + "\n")
 
     def _restore(self) -> None:
@@ -237,6 +242,8 @@ class _Run:
         tried, left_out = self.tally.asked + self.tally.left_out, self.tally.left_out
         self.distiller.feed.counts = Counts(tried=tried, unreadable=left_out)
         if entries:
+            # A resumed run has what is left of its budget of failures, and no new one.
+            self.distiller.rubric.load_state(entries[-1]["rubric"])
             log.info("resumed %s at batch %d of %d", self.folder.path, self.done, self.distiller.batches)
 
     # -- ends -----------------------------------------------------------------------------------
@@ -276,13 +283,36 @@ def _write(path: Path, text: str) -> None:
     """Appends, and returns when it is on the disk."""
     with path.open("a", encoding="utf-8", newline="\n") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        _flush(file)
+
+
+def _flush(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    """The names in it, which a power cut may take although their files are there."""
+    if not path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """Entries up to the first line that a kill has cut."""
+    """Entries up to the first line that a kill has cut, or a power cut has filled with something else."""
+    entries: list[dict[str, Any]] = []
     if not path.is_file():
-        return []
-    whole = path.read_bytes().rpartition(b"\n")[0]
-    return [json.loads(line) for line in whole.splitlines()]
+        return entries
+    for line in path.read_bytes().rpartition(b"\n")[0].splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(entry, dict):
+            break
+        entries.append(entry)
+    return entries

@@ -1,18 +1,27 @@
 """Held-out evaluation: greedy answers, scored by the run's own rewards, so that training and
-evaluation cannot disagree about what is right."""
+evaluation cannot disagree about what is right.
+
+Looking changes nothing: what fails here is told and counted for this evaluation alone, and a row that
+cannot be used, as when its image has gone, is left out and said so.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from reflectvlm.data.rows import BadRow
+from reflectvlm.interrupt import safe_point
 from reflectvlm.protocols import Policy, Reattention, RolloutEngine
 from reflectvlm.rewards.rubric import Rubric
 from reflectvlm.train.reflections import insertion_curves, tag_curves
-from reflectvlm.types import Instruction, Sample, SamplingParams, ScoredGroup
+from reflectvlm.types import Instruction, Prompt, Sample, SamplingParams, ScoredGroup
+
+log = logging.getLogger("reflectvlm")
 
 DEFAULT_TAG = "<back>"
 PLAIN_NAMES = {"reward/accuracy": "accuracy", "reward/format": "layout_rate"}
@@ -30,6 +39,8 @@ class Evaluation:
     max_tokens: int = 512
     tag: str = DEFAULT_TAG
     """Whose rate is reported, and the number, length and place of its blocks."""
+    _named: set[int] = field(default_factory=set, init=False, repr=False)
+    """Places of rows that a warning was given for; one says enough."""
 
     def __post_init__(self) -> None:
         if len(self.data) == 0:
@@ -43,10 +54,44 @@ class Evaluation:
         instruction: Instruction,
         reattention: Reattention,
     ) -> tuple[dict[str, float], list[ScoredGroup]]:
-        prompts = [policy.prompt(self.data[i], instruction) for i in range(len(self.data))]
+        prompts = self._prompts(policy, instruction)
         sampling = SamplingParams(max_tokens=self.max_tokens, temperature=0.0)
-        groups = rubric.score(engine.generate(prompts, 1, sampling, reattention, seed=0))
-        return summarize(groups, self.tag), groups
+        apart = replace(rubric)  # with a tally of its own: nothing of the run's budget of failures is spent
+        groups = apart.score(engine.generate(prompts, 1, sampling, reattention, seed=0))
+        values = summarize(groups, self.tag)
+        if len(groups) < len(self.data):
+            values["rows"] = float(len(groups))
+        return values, groups
+
+    def _prompts(self, policy: Policy, instruction: Instruction) -> list[Prompt]:
+        """The rows that can be used, as prompts."""
+        prompts = []
+        last: BadRow | None = None
+        for place in range(len(self.data)):
+            safe_point()
+            try:
+                prompts.append(_prompt(policy, self.data[place], instruction))
+            except BadRow as error:
+                last = error
+                if place not in self._named:
+                    self._named.add(place)
+                    log.warning("row left out of the evaluation: %s", error)
+        if not prompts:
+            raise ValueError(
+                f"None of the {len(self.data):,} rows of an evaluation can be used; the warnings say why. "
+                f"The last: {last} Repair its data, or leave the evaluation out."
+            )
+        return prompts
+
+
+def _prompt(policy: Policy, sample: Sample, instruction: Instruction) -> Prompt:
+    try:
+        return policy.prompt(sample, instruction)
+    except (ValueError, TypeError) as error:  # what tokenizer and image processor make of odd rows
+        if isinstance(error, BadRow):
+            raise
+        detail = f"It cannot be shown to the policy: {error}"
+        raise BadRow(sample.id, "", "row cannot be shown", "Repair or remove it.", detail) from error
 
 
 def summarize(groups: Sequence[ScoredGroup], tag: str) -> dict[str, float]:

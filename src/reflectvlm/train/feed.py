@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from reflectvlm.data.rows import BadRow
+from reflectvlm.data.filtered import Dataset
+from reflectvlm.data.rows import BadRow, plain
 from reflectvlm.data.shorten import shortened
 from reflectvlm.interrupt import safe_point
 from reflectvlm.models.chat import chat_spans
@@ -133,13 +134,13 @@ class Feed:
             return None
 
     def _read(self, position: int, counted: bool = False) -> Item:
-        sample = row_at(self.data, position, self.seed)
+        sample = self._sample(position)
         instruction = self.instruction(position)
         answer = self.answer(sample)
         try:
             prompt = self.policy.prompt(sample, instruction)
-        except (ValueError, TypeError) as error:  # what tokenizer and image processor make of odd rows
-            detail = f"It cannot be shown to the policy: {error}"
+        except Exception as error:
+            detail = f"It cannot be shown to the policy: {_told(error)}"
             raise BadRow(sample.id, "", "row cannot be shown", "Repair or remove it.", detail) from error
         if self._fits(prompt, answer):
             return prompt, answer
@@ -149,6 +150,21 @@ class Feed:
         if counted:
             self._tell_shortened(prompt, answer, short, position)
         return short, answer
+
+    def _sample(self, position: int) -> Sample:
+        if isinstance(self.data, Dataset):  # says itself which of its errors are a row's, and which a file's
+            return row_at(self.data, position, self.seed)
+        numbers: Sequence[Any] = range(len(self.data))
+        place: Any = row_at(numbers, position, self.seed)
+        try:
+            return self.data[place]
+        except BadRow:
+            raise
+        except Exception as error:
+            detail = f"It cannot be read: {_told(error)}"
+            raise BadRow(
+                f"row {place} of the data", "", "row cannot be read", "Repair or remove it.", detail
+            ) from error
 
     def _shortened(self, prompt: Prompt, answer: Spans, instruction: Instruction) -> Prompt:
         def asking(question: str) -> Prompt:
@@ -256,3 +272,7 @@ class Feed:
                 f"{self.limit_name}={self.limit}, raise it, lower policy.max_pixels or set "
                 "row_rules.on_long=truncate_text."
             )
+
+
+def _told(error: Exception) -> str:
+    return plain(f"{type(error).__name__}: {error}".rstrip(".")) + "."

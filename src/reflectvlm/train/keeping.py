@@ -15,9 +15,11 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from reflectvlm.data.fingerprint import fingerprint
+from reflectvlm.stages import named_files
 from reflectvlm.train.checkpoint import Checkpoint
 from reflectvlm.train.packing import (
     JSON,
@@ -69,8 +71,8 @@ def put_back(trainer: Trainable, checkpoint: Checkpoint, about: Mapping[str, JSO
             f"{checkpoint.path}: the weight {name!r} holds NaN or infinity, so it trains nothing. "
             "Resume from an earlier one with resume=PATH."
         )
-    optimizer.load_state_dict(
-        optimizer_from_tensors(checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
+    _load_optimizer(
+        optimizer, optimizer_from_tensors(checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
     )
     set_rng_state(checkpoint.tensors["rng"], checkpoint.state["rng"])
     trainer.load_state(checkpoint.state["trainer"])
@@ -85,8 +87,18 @@ def about(trainer: Trainable) -> dict[str, JSON]:
         "parameters": _parameters(trainer.policy.module),
         "tokenizer": None if tokenizer is None else _tokenizer(tokenizer),
         "data": fingerprint(trainer.data),
+        "files": _files(trainer.output.recipe_yaml),
         "versions": {name: _version(name) for name in _VERSIONS},
     }
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Moments and step counts of the checkpoint; rates, betas and decay as the run has them now, since those
+    may have been changed, and the checkpoint's would quietly win."""
+    own = [{name: one for name, one in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
 
 
 def _check_same(checkpoint: Checkpoint, now: Mapping[str, JSON]) -> None:
@@ -105,12 +117,27 @@ def _check_same(checkpoint: Checkpoint, now: Mapping[str, JSON]) -> None:
                 f"{checkpoint.path} was made with another {name} (then {_short(before[name])}, now "
                 f"{_short(now[name])}). {remedy}, or start anew with resume=never."
             )
+    for name in dict.fromkeys([*before["files"], *now["files"]]):
+        if before["files"].get(name) != now["files"].get(name):
+            log.warning(
+                "%s is not what it was when %s was written: from here on this is another run than the one "
+                "that began", name, checkpoint.path,
+            )  # fmt: skip
     for name, version in now["versions"].items():
         if (then := before["versions"].get(name)) != version:
             log.warning(
                 "%s is %s, and was %s when %s was written: the run goes on, but perhaps not bit for bit",
                 name, version, then, checkpoint.path,
             )  # fmt: skip
+
+
+def _files(recipe: str | None) -> dict[str, str]:
+    """Digests of files that the recipe names beside its model and rows; those are looked at themselves."""
+    import yaml
+
+    values = yaml.safe_load(recipe) if recipe else {}
+    apart = ("policy", "data", "output", "evaluation", "test")
+    return named_files({key: one for key, one in values.items() if key not in apart})
 
 
 def _parameters(module: nn.Module) -> dict[str, list[Any]]:

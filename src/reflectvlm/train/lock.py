@@ -20,7 +20,7 @@ def lock(path: Path) -> None:
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         holder = _holder(file.read())
-        if holder is not None and holder["pid"] != os.getpid() and _alive(holder):
+        if holder is not None and holder != _myself() and _alive(holder):
             raise RuntimeError(
                 f"{path.parent} is in use by process {holder['pid']} on {holder['host']}. Two processes "
                 "must not write to one run: wait for it, stop it, or choose another name. "
@@ -28,8 +28,7 @@ def lock(path: Path) -> None:
             )
         file.seek(0)
         file.truncate()
-        pid = os.getpid()
-        file.write(json.dumps({"pid": pid, "host": socket.gethostname(), "born": _born(pid)}) + "\n")
+        file.write(json.dumps(_myself()) + "\n")
 
 
 def unlock(path: Path) -> None:
@@ -41,7 +40,7 @@ def unlock(path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         holder = _holder(file.read())
         # Emptied, not deleted: another process may already wait on this very file.
-        if holder is not None and holder["pid"] == os.getpid():
+        if holder == _myself():
             file.truncate(0)
 
 
@@ -51,6 +50,12 @@ def holder(path: Path) -> dict[str, Any] | None:
         return None
     found = _holder(path.read_text(encoding="utf-8"))
     return found if found is not None and _alive(found) else None
+
+
+def _myself() -> dict[str, Any]:
+    """With host and birth: in containers every process may have the number 1."""
+    pid = os.getpid()
+    return {"pid": pid, "host": socket.gethostname(), "born": _born(pid)}
 
 
 def _holder(text: str) -> dict[str, Any] | None:

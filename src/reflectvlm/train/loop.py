@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ from reflectvlm import stages
 from reflectvlm.interrupt import Abandoned, abandonable
 from reflectvlm.models.freezing import trainable_table
 from reflectvlm.train import keeping
-from reflectvlm.train.changes import of_a_trainer
+from reflectvlm.train.changes import of_a_trainer, settings
 from reflectvlm.train.changes import table as table_of_changes
 from reflectvlm.train.checkpoint import CheckpointStore
 from reflectvlm.train.checks import check_start
@@ -47,7 +48,7 @@ def run_training(trainer: Trainable) -> RunResult:
     """Runs a trainer from its first step, or from its last good checkpoint, to its end."""
     output = trainer.output
     name = "-".join(part for part in (trainer.name, trainer.variant) if part)
-    folder = RunFolder.open(name, output, "checkpoints", of_a_trainer)
+    folder = RunFolder.open(name, output, "checkpoints", of_a_trainer, settings(trainer))
     with folder, StopRequest(output.max_minutes) as stop:
         shown = name if output.resume in ("auto", "never") else folder.path.name
         return _Loop(trainer, folder, stop, shown).run()
@@ -64,14 +65,16 @@ class _Loop:
         self.trackers = Trackers((self.console, self.jsonl, self.tensorboard, *self.output.trackers))
         self.about: dict[str, Any] = {}
         self.done = 0
-        self.saved: int | None = None
-        """Step of the newest checkpoint, written or being written."""
+        self.kept: tuple[Any, ...] | None = None
+        """What the newest checkpoint, written or being written, says of the loop."""
         self.before: Metrics = {}
         self.begun = False
         """What is measured before the first step has been."""
         self.owes_evaluation = False
         """The evaluation that step `done` calls for was given up."""
-        self.no_signal = NoSignal()
+        self.no_signal: NoSignal | None = NoSignal()
+        self.update_seconds = 0.0
+        """Longest that the updates of a step have taken."""
         self.left_out = 0
         """Batches without a finite loss so far."""
 
@@ -81,7 +84,7 @@ class _Loop:
         if finished := self._finished():
             return finished
         self.about = keeping.about(trainer)
-        self.stop.reserve = _seconds_to_save(trainer.policy.module)
+        self._reserve(0.0)
         self._restore()
         self.trackers.start(
             {"name": self.folder.path.name, "steps": trainer.steps, "folder": str(self.folder.path)}
@@ -94,7 +97,9 @@ class _Loop:
             return self._stopped()
         finally:
             self.trackers.close()
-            self._leave_no_save()
+            # A second signal means at once: a checkpoint that is half written is none.
+            if not isinstance(sys.exception(), SystemExit | KeyboardInterrupt):
+                self._leave_no_save()
 
     def _all_steps(self) -> bool:
         """Whether the last step was reached."""
@@ -161,11 +166,20 @@ class _Loop:
             set_rng_state(*generators)
             raise
 
+    def _reserve(self, update: float) -> None:
+        """What a stop must leave time for: the updates of a step, finished once begun, and a save."""
+        self.update_seconds = max(self.update_seconds, update)
+        save = (
+            2 * self.saver.seconds + 1 if self.saver.seconds else _seconds_to_save(self.trainer.policy.module)
+        )
+        self.stop.reserve = self.update_seconds + save
+
     def _report(self, result: StepResult) -> None:
         self.trackers.metrics(self.done, result.metrics)
         share = result.metrics.get("useful_groups")
-        if share is not None and (told := self.no_signal.after(self.done, share)):
+        if share is not None and self.no_signal and (told := self.no_signal.after(self.done, share)):
             self.console.say(told)
+        self._reserve(result.metrics.get("time/update", 0.0))
         every = self.output.samples_every
         if result.groups and (_due(self.done, every) or (every and self.done == 1)):
             self.trackers.rollouts(self.done, result.groups)
@@ -188,13 +202,13 @@ class _Loop:
             self.left_out += 1
             where = self._dump(error, self.done) if self.left_out <= _MOST_DUMPS else "not saved again"
             log.warning(
-                "step %d: %s is not finite; the batch is left out (%d of at most %d; %s)",
+                "step %d: %s is not finite; the batch is left out (number %d, max_nonfinite=%d; %s)",
                 self.done, error.what, self.left_out, self.trainer.max_nonfinite, where,
             )  # fmt: skip
             if self.left_out > self.trainer.max_nonfinite:
                 raise NonFinite(
-                    f"Step {self.done}: {error.what}, for the {self.left_out}th time with max_nonfinite="
-                    f"{self.trainer.max_nonfinite},",
+                    f"Step {self.done}: {self.left_out} batches are left out, and max_nonfinite is "
+                    f"{self.trainer.max_nonfinite}. The last: {error.what}",
                     error.batch,
                 )
 
@@ -230,9 +244,7 @@ class _Loop:
             self.saver.wait()  # an older one that failed must not keep this one from being tried
         with self._told_if_not_saved():
             self.saver.save(self.done, tensors=tensors, state=state)
-            self.saved = self.done
-        # A stop must leave time for one more save.
-        self.stop.reserve = max(self.stop.reserve, 2 * self.saver.seconds + 1)
+            self.kept = self._place()
 
     @contextlib.contextmanager
     def _told_if_not_saved(self) -> Iterator[None]:
@@ -247,9 +259,13 @@ class _Loop:
         """The state as it is now is on the disk when this returns."""
         with self._told_if_not_saved():
             self.saver.wait()
-        if self.saver.saved != self.done:
+        if self.saver.saved != self.done or self.kept != self._place():
             self._save()
             self.saver.wait()
+
+    def _place(self) -> tuple[Any, ...]:
+        """Where the loop stands."""
+        return (self.done, self.begun, self.owes_evaluation, self.left_out)
 
     def _leave_no_save(self) -> None:
         """A run that ends with an error still lets the save that is being written come to its end."""
@@ -259,6 +275,7 @@ class _Loop:
     def _restore(self) -> None:
         path = self.folder.checkpoint or self.store.tidy()
         if path is None:
+            self._check_none_lost()
             # A run cut off before its first checkpoint starts anew, and so does its log.
             self.trackers.truncate_after(-1)
             return
@@ -269,10 +286,20 @@ class _Loop:
             self.store.supersede_after(checkpoint.step)
         self.before, self.begun = dict(loop["before"]), loop["begun"]
         self.owes_evaluation, self.left_out = loop["owes_evaluation"], loop["left_out"]
-        self.done = self.saved = self.saver.saved = checkpoint.step
+        self.done = self.saver.saved = checkpoint.step
+        self.kept = self._place()
+        self.no_signal = None  # it speaks of a run from its beginning on
         self.trackers.truncate_after(self.done)
         self.jsonl.truncate_to(loop["logged"])
         log.info("resumed %s at step %d of %d", self.folder.path, self.done, self.trainer.steps)
+
+    def _check_none_lost(self) -> None:
+        """Damaged checkpoints must not let a run of days begin again in its own folder."""
+        if found := sorted(one.name for one in self.folder.checkpoints.glob("step-*")):
+            raise RuntimeError(
+                f"None of the checkpoints in {self.folder.checkpoints} is valid ({', '.join(found)}; the "
+                "warnings above say why). Put one back, or start anew with resume=never; nothing was changed."
+            )
 
     # -- ends -----------------------------------------------------------------------------------
 

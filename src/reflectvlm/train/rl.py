@@ -39,7 +39,9 @@ from reflectvlm.types import Instruction, Prompt, Rollout, Sample, SamplingParam
 log = logging.getLogger("reflectvlm")
 
 PATIENCE = 3
-"""Steps in a row without any scored rollout after which a run stops."""
+"""Steps in a row without any scored rollout, for a failure, after which a run stops."""
+IDLE_STEPS = 10
+"""Steps in a row in which simply no reward applied, after which a run says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +135,12 @@ class RLTrainer:
     row_ids: tuple[str, ...] = field(default=(), init=False)
     """Ids of the rows of the current step, for reports."""
     unscored_steps: int = field(default=0, init=False)
-    """Steps up to now, in a row, in which no rollout was scored."""
+    """Steps since the last with a scored rollout in which a reward failed or all answers were cut."""
+    _idle_steps: int = field(default=0, init=False, repr=False)
+    """Steps since then in which nothing failed."""
+    _idleness_told: bool = field(default=False, init=False, repr=False)
+    _lost_before: int = field(default=0, init=False, repr=False)
+    """`rubric.lost` after the step before."""
 
     def __post_init__(self) -> None:
         check_reattention(self.reattention)
@@ -203,15 +210,30 @@ class RLTrainer:
                 parameter.lerp_(theirs[name].to(parameter.dtype), sync.mix)
 
     def _check_scored(self, groups: Sequence[ScoredGroup]) -> None:
-        """A reward that always fails would let the run end well without having learned anything."""
-        nothing = not any(any(group.scored) for group in groups)
-        self.unscored_steps = self.unscored_steps + 1 if nothing else 0
+        """A reward that always fails would let the run end well without having learned anything. One that
+        seldom applies (None) has not failed: a long row of such steps is told, once."""
+        failed = self.rubric.lost > self._lost_before
+        self._lost_before = self.rubric.lost
+        if any(any(group.scored) for group in groups):
+            self.unscored_steps = self._idle_steps = 0
+            return
+        cut = self.drop_truncated and all(r.stop == "length" for group in groups for r in group.rollouts)
+        self.unscored_steps += failed or cut
+        self._idle_steps += not (failed or cut)
         if self.unscored_steps >= min(PATIENCE, self.steps):
             raise RuntimeError(
                 f"All rollouts of {self.unscored_steps} step{'s' * (self.unscored_steps > 1)} in a row are "
-                "unscored, so nothing trains. A reward failed on each of them (the warnings above say how), "
-                "none applied, or drop_truncated left all answers out. Repair the reward, or raise "
-                "sampling.max_tokens; resume=auto goes on from the last checkpoint."
+                "unscored, so nothing trains. In each of them a reward failed (the warnings above say how), "
+                "or drop_truncated left all answers out. Repair the reward, or raise sampling.max_tokens; "
+                "resume=auto goes on from the last checkpoint."
+            )
+        if self._idle_steps >= IDLE_STEPS and not self._idleness_told:
+            self._idleness_told = True
+            log.warning(
+                "No reward applied to any rollout of %d steps in a row (each gave None), so nothing trained "
+                "in them. If that is not meant, give the rubric a reward that always applies, or raise "
+                "prompts_per_step.",
+                self._idle_steps,
             )
 
     def sample_groups(self, step: int) -> list[ScoredGroup]:

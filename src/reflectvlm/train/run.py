@@ -77,11 +77,14 @@ class Output:
             ("samples_every", 0, "0 is for never"),
             ("keep", 1, "the newest checkpoint always stays"),
             ("print_every", 1, "1 prints every step"),
-            ("max_minutes", 0, "null is no limit"),
         ):
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value < least:
                 raise ValueError(f"output.{name} is {value}. It must be at least {least}; {meaning}.")
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise ValueError(
+                f"output.max_minutes is {self.max_minutes}. It must be above 0; null is no limit."
+            )
         if self.on_save_error not in ("stop", "continue"):
             raise ValueError(
                 f"output.on_save_error is {self.on_save_error!r}. It must be 'stop' or 'continue'."

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,8 @@ from reflectvlm.train.changes import Change, MayChange, changes, check, nothing
 from reflectvlm.train.environment import environment, git_state
 from reflectvlm.train.run import Output
 from reflectvlm.train.trackers import finite
+
+log = logging.getLogger("reflectvlm")
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,18 @@ class RunFolder:
     """Settings in which the run goes on otherwise than it began."""
 
     @classmethod
-    def open(cls, name: str, output: Output, begun: str, may_change: MayChange = nothing) -> RunFolder:
+    def open(
+        cls,
+        name: str,
+        output: Output,
+        begun: str,
+        may_change: MayChange = nothing,
+        settings: str | None = None,
+    ) -> RunFolder:
         """The folder that `output.resume` asks for: never, auto, a run folder or one of its checkpoints.
-        `begun` is what every folder of such a run holds."""
+        `begun` is what every folder of such a run holds; `settings` say what a run without a recipe is."""
         given: dict[str, Any] = {
-            "recipe_yaml": output.recipe_yaml,
+            "recipe_yaml": output.recipe_yaml or settings,
             "overrides": output.overrides,
             "may_change": may_change,
         }
@@ -56,6 +66,11 @@ class RunFolder:
             if not path.is_dir():
                 there = ", ".join(sorted(one.name for one in path.parent.glob("step-*"))) or "none"
                 raise ValueError(f"resume={output.resume!r} is not there. Checkpoints of that run: {there}.")
+            if cls(path.parent.parent).finished:
+                raise ValueError(
+                    f"{path.parent.parent} is finished, so it cannot go on from {path.name}. Start from its "
+                    "model with start_from=null policy.path=…/model, or give the run's folder and more steps."
+                )
             folder = cls.reopen(path.parent.parent, **given)
             return dataclasses.replace(folder, checkpoint=path)
         if not (path / begun).exists():
@@ -105,9 +120,11 @@ class RunFolder:
         """Locked, and described unless it is finished: then its files tell how it was made."""
         lock.lock(self.lock)
         try:
-            if self.finished:
+            found = check(self.recipe, recipe_yaml, may_change, finished=self.finished)
+            if self.finished and not found:
                 return self
-            found = check(self.recipe, recipe_yaml, may_change)
+            if self.finished:
+                os.replace(self.summary, _free(self.summary))  # it is longer than it was
             self._describe(recipe_yaml, overrides)
             return dataclasses.replace(self, changed=tuple(found))
         except BaseException:
@@ -193,7 +210,13 @@ class RunFolder:
 
 def _claim(root: Path, name: str, recipe: str | None, *, reuse: bool) -> tuple[Path, bool]:
     """(folder, whether it had been there)."""
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"output.root is {str(root)!r}, which cannot be made a folder: {error.strerror or error}. "
+            "Choose another with root=…"
+        ) from error
     while True:
         if reuse and (found := _to_resume(root, name, recipe)):
             return found, True
@@ -212,7 +235,15 @@ def _to_resume(root: Path, name: str, recipe: str | None) -> Path | None:
     for path in folders:
         if not RunFolder(path).finished:
             return path
-    return next((path for path in folders if not changes(RunFolder(path).recipe, recipe)), None)
+    # Without a recipe on both sides nothing says that it is the same run.
+    same = [path for path in folders if not changes(RunFolder(path).recipe, recipe)]
+    if folders and not same:
+        log.info(
+            "%s is finished with other settings, so a new run begins; resume=PATH of it goes on with it if "
+            "it is given more steps",
+            folders[0],
+        )
+    return next(iter(same), None)
 
 
 def _numbered(root: Path, name: str) -> list[Path]:
@@ -247,8 +278,11 @@ def _replace(path: Path, text: str) -> None:
 def _write_keeping_old(path: Path, text: str) -> None:
     """A run resumed with another `output` keeps both: the earlier one as `recipe.1.yaml`."""
     if path.exists() and path.read_text(encoding="utf-8") != text:
-        number = 1
-        while (old := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-            number += 1
-        os.replace(path, old)
+        os.replace(path, _free(path))
     _replace(path, text)
+
+
+def _free(path: Path) -> Path:
+    """The first of `name.1.suffix`, `name.2.suffix`, … that is not there."""
+    names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())

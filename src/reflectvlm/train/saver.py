@@ -10,6 +10,7 @@ a GPU, and processes (the disk is what takes time, and hashing lets other thread
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Mapping
@@ -50,9 +51,10 @@ class Saver:
         self.wait()
         started = time.monotonic()
         copies = {name: _copied(values) for name, values in tensors.items()}
+        frozen = json.loads(json.dumps(state))  # no list in it may change while the thread writes
         # A daemon: a second signal ends the process at once, and half a checkpoint is none.
         self._thread = threading.Thread(
-            target=self._write, args=(step, copies, dict(state), started), name="checkpoint", daemon=True
+            target=self._write, args=(step, copies, frozen, started), name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -80,11 +82,11 @@ class Saver:
 
 def _copied(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies on the host; tensors that share their memory share their copy."""
-    made: dict[tuple[int, int, tuple[int, ...]], Tensor] = {}
+    made: dict[tuple[object, ...], Tensor] = {}
     copies = {}
     for name, tensor in values.items():
         tensor = tensor.detach()
-        key = (tensor.data_ptr(), tensor.element_size(), tuple(tensor.shape))
+        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
         if tensor.numel() == 0 or key not in made:
             made[key] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
         copies[name] = made[key]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO, cast
+
+from reflectvlm.train.printing import SafeStream, put
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,15 +51,16 @@ class Table:
 
     def show(self, out: Console | None = None) -> None:
         """Prints it, by default on standard output."""
-        if out is None and not sys.stdout.isatty():
-            _put(self.markdown)
+        screen = SafeStream(sys.stdout)
+        if out is None and not screen.isatty():
+            put(self.markdown)
             return
         from rich import box
         from rich.console import Console
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        out = out or Console(highlight=False)
+        out = out or Console(file=cast("TextIO", screen), highlight=False)
         if not out.is_terminal:
             out.print(Text(self.markdown), soft_wrap=True, end="")
             return
@@ -73,10 +76,4 @@ class Table:
 
 def say(line: str) -> None:
     """Prints one line, with control characters as escapes."""
-    _put(f"{visible(line)}\n")
-
-
-def _put(text: str) -> None:
-    """Prints a text, with `?` for what the stream cannot encode."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), end="")
+    put(f"{visible(line)}\n")

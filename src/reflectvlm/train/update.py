@@ -110,8 +110,8 @@ class Updater:
 
 
 def first_broken_weight(module: nn.Module) -> str | None:
-    """Name of the first parameter or buffer that holds NaN or infinity."""
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+    """Name of the first parameter that holds NaN or infinity. Buffers may: a mask is minus infinity."""
+    for name, tensor in module.named_parameters():
         if tensor.is_floating_point() and not bool(tensor.detach().isfinite().all()):
             return name
     return None
