@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import tempfile
 import time
@@ -22,10 +23,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from reflectvlm import load_recipe
 from reflectvlm.train import keeping
+from reflectvlm.train.checkpoint import CheckpointStore
 from reflectvlm.train.loop import _Loop
 from reflectvlm.train.run_folder import RunFolder
+from reflectvlm.train.saver import Saver
 from reflectvlm.train.signals import StopRequest
 
 RESULTS = Path(__file__).parent / "results"
@@ -75,6 +80,7 @@ def measured(root: Path, repeats: int, steps: int) -> dict[str, Any]:
             times["while saving"].append(_timed(ways["in the loop"], steps))
             loop.saver.wait()
             saves.append(loop.saver.seconds)
+    large = [_gigabyte(root / f"large-{number}", number % 2 == 0) for number in range(7)]
     alone, looped, saving = (statistics.median(times[name]) for name in times)
     each = [b / a - 1 for a, b in zip(times["alone"], times["in the loop"], strict=True)]
     save = steps * (saving - looped) + statistics.median(stops)
@@ -90,6 +96,8 @@ def measured(root: Path, repeats: int, steps: int) -> dict[str, Any]:
         "seconds training stops for a save": statistics.median(stops),
         "seconds of a plain copy": statistics.median(copies),
         "seconds until a save is on the disk": statistics.median(saves),
+        "seconds training stops for a gigabyte": statistics.median(one for one, _ in large),
+        "seconds of a plain copy of a gigabyte": statistics.median(one for _, one in large),
         "save every": SAVE_EVERY,
         "saves, share of a step": save / SAVE_EVERY / alone,
         "machine": _machine(),
@@ -124,8 +132,28 @@ def _copy_seconds(loop: _Loop) -> float:
     """Of the same tensors, into memory."""
     tensors, _ = keeping.snapshot(loop.trainer, loop.about, {})
     begun = time.perf_counter()
-    _kept = [[tensor.clone() for tensor in part.values()] for part in tensors.values()]
-    return time.perf_counter() - begun
+    kept = [[tensor.clone() for tensor in part.values()] for part in tensors.values()]
+    copied = time.perf_counter() - begun
+    del kept  # not within the time
+    return copied
+
+
+def _gigabyte(folder: Path, save_first: bool) -> tuple[float, float]:
+    """Seconds for which a save of 64 tensors of 16 MiB stops its caller, and seconds of a plain copy."""
+    tensors = {f"w{number}": torch.rand(2**22) for number in range(64)}
+    saver = Saver(CheckpointStore(folder))
+    took = {}
+    for name in ("save", "copy") if save_first else ("copy", "save"):
+        begun = time.perf_counter()
+        if name == "save":
+            saver.save(1, tensors={"model": tensors}, state={})
+        else:
+            kept = [tensor.clone() for tensor in tensors.values()]
+        took[name] = time.perf_counter() - begun
+        saver.wait()
+    del kept
+    shutil.rmtree(folder)
+    return took["save"], took["copy"]
 
 
 def told(found: dict[str, Any]) -> str:
@@ -142,6 +170,11 @@ def told(found: dict[str, Any]) -> str:
         ),
         ("a save stops training for", f"{1000 * found['seconds training stops for a save']:.1f} ms"),
         ("a plain copy of the same tensors takes", f"{1000 * found['seconds of a plain copy']:.1f} ms"),
+        (
+            "the same two for a gigabyte of tensors",
+            f"{1000 * found['seconds training stops for a gigabyte']:.0f} and "
+            f"{1000 * found['seconds of a plain copy of a gigabyte']:.0f} ms",
+        ),
         ("a save is on the disk after", f"{1000 * found['seconds until a save is on the disk']:.0f} ms"),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in lines)

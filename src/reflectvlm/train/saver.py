@@ -88,7 +88,8 @@ def _copied(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensor = tensor.detach()
         key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
         if tensor.numel() == 0 or key not in made:
-            made[key] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+            plain = torch.contiguous_format
+            made[key] = tensor.clone(memory_format=plain) if tensor.is_cpu else tensor.to("cpu")
         copies[name] = made[key]
     return copies
 
