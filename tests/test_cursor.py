@@ -8,27 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reflectvlm.train.cursor import _ENDLESS, row_at
-from reflectvlm.types import Sample
-
-
-class Rows(Sequence[Sample]):
-    """`size` rows that are made when asked for."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
-        assert 0 <= index < self.size
-        return Sample(id=str(index), question="?", answer="")
+from reflectvlm.train.cursor import _ENDLESS, place_at
 
 
 def ids(size: int, positions: Sequence[int], seed: int) -> list[int]:
-    data = Rows(size)
-    return [int(row_at(data, position, seed).id) for position in positions]
+    return [place_at(size, position, seed) for position in positions]
 
 
 @given(size=st.integers(1, 50), epoch=st.integers(0, 10**6), seed=st.integers(0, 2**31))

@@ -26,7 +26,7 @@ from reflectvlm.data.sources import dataset
 from reflectvlm.interrupt import Abandoned, abandonable
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.models.tiny import random_tiny
-from reflectvlm.train.cursor import row_at
+from reflectvlm.train.cursor import place_at
 from reflectvlm.train.distill import Distiller
 from reflectvlm.train.feed import Feed
 from reflectvlm.train.row_rules import RowRules
@@ -95,7 +95,7 @@ def test_rows_depend_on_the_position_alone(
         taken += items
         one = fresh
     assert (ids(taken), position) == (ids(whole), end)
-    order = [int(row_at(Rows(7), place, 0).id[4:]) for place in range(end)]
+    order = [place_at(7, place, 0) for place in range(end)]
     assert ids(whole) == [f"row-{i}" for i in order if i not in bad | long]
     counts = one.counts
     assert counts.tried == end
@@ -294,7 +294,7 @@ def test_a_portion_given_up_counts_nothing(tiny_policy: QwenVL) -> None:
 def test_first_rows_for_a_look(tiny_policy: QwenVL, caplog: Any) -> None:
     """Bug: the check at the start fails on a row that the run would pass over, or counts it."""
     one = feed(tiny_policy, Rows(5, bad=[0], long=[1]))
-    order = [int(row_at(Rows(5), place, 0).id[4:]) for place in range(5)]
+    order = [place_at(5, place, 0) for place in range(5)]
     assert [prompt.sample.id for prompt in one.first(2)] == [f"row-{i}" for i in order if i > 1][:2]
     assert (one.counts.tried, caplog.messages) == (0, [])
     with pytest.raises(ValueError, match=r"missing image|row-1"):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import io
 import os
 import pickle
-import struct
 import threading
 import time
 import zlib
@@ -20,27 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from bad_rows import NOISE, chunk, encoded, huge_png
 from reflectvlm.data.images import BadImage, ImageLimits, load_image
 
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
-def huge_png(side: int) -> bytes:
-    """A valid header of side x side grey pixels with hardly any data behind it."""
-    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-    body = zlib.compress(bytes(1000))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
-
-
-NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
 RED = Image.new("RGB", (6, 4), (255, 0, 0))
 
 

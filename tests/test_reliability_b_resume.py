@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from reflectvlm.data.digits import Digits
 from reflectvlm.models.qwen_vl import QwenVL
@@ -23,6 +25,7 @@ from reflectvlm.models.tiny import random_tiny
 from reflectvlm.objectives import KL, ClippedSurrogate
 from reflectvlm.rollout.engine import InProcessEngine
 from reflectvlm.train import checkpoint, keeping, loop
+from reflectvlm.train.changes import settings
 from reflectvlm.train.evaluate import Evaluation
 from reflectvlm.train.optim import AdamW
 from reflectvlm.train.rl import DynamicSampling, ReferenceSync, RLTrainer
@@ -477,3 +480,17 @@ def test_b_a_stop_after_the_beginning_is_saved(tmp_path, monkeypatch):
     assert stopped.before
     store = checkpoint.CheckpointStore(stopped.folder / "checkpoints")
     assert store.load(store.latest()).state["loop"]["begun"]
+
+
+def test_b_settings_of_any_kind_can_be_written_down(tmp_path):
+    """Bug: a rate that numpy made, or a name that is an enum's, and a run in Python cannot begin."""
+    trainer = small_rl(tmp_path, optimizer=AdamW(lr=np.float64(1e-3)), variant=Kind.PLAIN, tag="<b>")
+    found = yaml.safe_load(settings(trainer))
+    assert found["optimizer"]["lr"] == 1e-3
+    assert found["variant"] == "plain"
+    assert found["objective"]["_target_"] == "ClippedSurrogate"
+    assert "policy" not in found
+
+
+class Kind(enum.StrEnum):
+    PLAIN = "plain"

@@ -181,6 +181,18 @@ def test_e2_a_bad_row_of_an_evaluation_is_left_out_and_told(tmp_path: Path, capl
     assert values["rows"] == 1.0
     assert "It cannot be shown to the policy" in caplog.text
 
+    class Gone(list[Sample]):
+        """A reader of the user's own that knows nothing of BadRow."""
+
+        def __getitem__(self, index: Any) -> Any:
+            if index == 1:
+                raise FileNotFoundError("page-1.png")
+            return super().__getitem__(index)
+
+    values, _ = trainer.evaluate(Evaluation(data=Gone(Digits(size=3)), max_tokens=4))
+    assert values["rows"] == 2.0
+    assert "row 1 of the data: It cannot be read: FileNotFoundError: page-1.png" in caplog.text
+
 
 def test_an_evaluation_can_be_given_up_while_it_reads(tmp_path: Path) -> None:
     """Bug: a stop waits until the images of all test rows have been read."""

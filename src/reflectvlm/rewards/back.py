@@ -14,7 +14,7 @@ from typing import ClassVar
 from reflectvlm.protocols import Reward
 from reflectvlm.rewards.accuracy import Accuracy
 from reflectvlm.rewards.layout import TagFormat
-from reflectvlm.rewards.rubric import MAX_FAILED_SHARE, OnError, Rubric
+from reflectvlm.rewards.rubric import MAX_FAILED_SHARE, OnError, Rubric, with_extras
 from reflectvlm.tags import Layout
 from reflectvlm.types import Rollout
 
@@ -59,14 +59,12 @@ def look_back_rubric(
     _check_weight("look_back_rubric", w)
     rewards: dict[str, Reward] = {"accuracy": accuracy or Accuracy(), "format": TagFormat(layout=layout)}
     weights = {"accuracy": 1 - w, "format": w}
-    if taken := sorted(set(rewards) & {*(extra or ()), *(extra_weights or ())}):
-        raise ValueError(
-            f"look_back_rubric has an extra reward called {taken[0]!r}, which is a part of its own. "
-            "Choose another name; `accuracy` and `w` change the parts it has."
-        )
-    return Rubric(
-        rewards={**rewards, **(extra or {})},
-        weights={**weights, **(extra_weights or {})},
+    return with_extras(
+        "look_back_rubric",
+        rewards,
+        weights,
+        extra,
+        extra_weights,
         on_error=on_error,
         max_failures=max_failures,
         max_failed_share=max_failed_share,

@@ -18,7 +18,7 @@ from typing import ClassVar
 from reflectvlm.protocols import Reward
 from reflectvlm.rewards.accuracy import Accuracy
 from reflectvlm.rewards.layout import TagFormat
-from reflectvlm.rewards.rubric import MAX_FAILED_SHARE, OnError, Rubric
+from reflectvlm.rewards.rubric import MAX_FAILED_SHARE, OnError, Rubric, with_extras
 from reflectvlm.tags import Found, Layout, qwen_la, tag_names
 from reflectvlm.types import Rollout
 
@@ -115,14 +115,12 @@ def brpo_rubric(
         "balance": ReflectionBalance(target_tokens=target_tokens, tag=tag, none=none, clip=clip),
     }
     weights = {"accuracy": accuracy_weight, "format": format_weight, "balance": balance_weight}
-    if taken := sorted(set(rewards) & {*(extra or ()), *(extra_weights or ())}):
-        raise ValueError(
-            f"brpo_rubric has an extra reward called {taken[0]!r}, which is a part of its own. "
-            "Choose another name; the function's own parameters change the parts it has."
-        )
-    return Rubric(
-        rewards={**rewards, **(extra or {})},
-        weights={**weights, **(extra_weights or {})},
+    return with_extras(
+        "brpo_rubric",
+        rewards,
+        weights,
+        extra,
+        extra_weights,
         on_error=on_error,
         max_failures=max_failures,
         max_failed_share=max_failed_share,

@@ -197,6 +197,25 @@ class Rubric:
             _log.warning("%s", line)
 
 
+def with_extras(
+    owner: str,
+    rewards: Mapping[str, Reward],
+    weights: Mapping[str, float],
+    extra: Mapping[str, Reward] | None,
+    extra_weights: Mapping[str, float] | None,
+    **settings: Any,
+) -> Rubric:
+    """A paper's rubric with further rewards beside its own. `settings` are those of `Rubric`."""
+    if taken := sorted(set(rewards) & {*(extra or ()), *(extra_weights or ())}):
+        raise ValueError(
+            f"{owner} has an extra reward called {taken[0]!r}, which is a part of its own. "
+            f"Choose another name; the parameters of {owner} change the parts it has."
+        )
+    return Rubric(
+        rewards={**rewards, **(extra or {})}, weights={**weights, **(extra_weights or {})}, **settings
+    )
+
+
 def _lost(
     scored: Sequence[ScoredGroup],
     asked: Mapping[str, Sequence[Sequence[Value]]],

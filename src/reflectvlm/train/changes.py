@@ -46,8 +46,13 @@ def settings(trainer: Any) -> str:
 
 def _plain(value: Any) -> Any:
     """Numbers, texts and nests of them; objects by their fields, functions and all else by name."""
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool):
         return value
+    # YAML takes no kinds of these, such as numpy's float64 or an enum's text.
+    if isinstance(value, int | float):
+        return int(value) if isinstance(value, int) else float(value)
+    if isinstance(value, str):
+        return str.__str__(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

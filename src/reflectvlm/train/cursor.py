@@ -4,23 +4,19 @@ the position, and a resumed run takes the rows the unbroken one would have taken
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import numpy as np
-
-from reflectvlm.types import Sample
 
 _ENDLESS = 2**24
 """From this size on rows are made when asked for and taken in order; shuffling them says nothing."""
 
 
-def row_at(data: Sequence[Sample], position: int, seed: int) -> Sample:
-    """Row number `position` of endless epochs, each in its own random order."""
-    size = len(data)
+def place_at(size: int, position: int, seed: int) -> int:
+    """Where in `size` rows number `position` of endless epochs stands, each in its own random order."""
     if size >= _ENDLESS:
-        return data[position % size]
+        return position % size
     epoch, place = divmod(position, size)
-    return data[int(_order(size, seed, epoch)[place])]
+    return int(_order(size, seed, epoch)[place])
 
 
 @functools.lru_cache(maxsize=4)

@@ -18,6 +18,7 @@ from reflectvlm.data.rows import BadRow
 from reflectvlm.interrupt import safe_point
 from reflectvlm.protocols import Policy, Reattention, RolloutEngine
 from reflectvlm.rewards.rubric import Rubric
+from reflectvlm.train.reading import read_prompt, read_sample
 from reflectvlm.train.reflections import insertion_curves, tag_curves
 from reflectvlm.types import Instruction, Prompt, Sample, SamplingParams, ScoredGroup
 
@@ -70,7 +71,7 @@ class Evaluation:
         for place in range(len(self.data)):
             safe_point()
             try:
-                prompts.append(_prompt(policy, self.data[place], instruction))
+                prompts.append(read_prompt(policy, read_sample(self.data, place), instruction))
             except BadRow as error:
                 last = error
                 if place not in self._named:
@@ -82,16 +83,6 @@ class Evaluation:
                 f"The last: {last} Repair its data, or leave the evaluation out."
             )
         return prompts
-
-
-def _prompt(policy: Policy, sample: Sample, instruction: Instruction) -> Prompt:
-    try:
-        return policy.prompt(sample, instruction)
-    except (ValueError, TypeError) as error:  # what tokenizer and image processor make of odd rows
-        if isinstance(error, BadRow):
-            raise
-        detail = f"It cannot be shown to the policy: {error}"
-        raise BadRow(sample.id, "", "row cannot be shown", "Repair or remove it.", detail) from error
 
 
 def summarize(groups: Sequence[ScoredGroup], tag: str) -> dict[str, float]:

@@ -4,7 +4,7 @@ A row is unusable if it cannot be read or shown (its image has gone, its gold an
 it has more tokens than the limit. `RowRules` say what then happens; nothing is ever left out without
 being named in a warning, counted, and held against a largest share.
 
-Which row comes when is `cursor.row_at`: a pure function of (data, seed, position). All that is
+Which row comes when is `cursor.place_at`: a pure function of (data, seed, position). All that is
 remembered beside the position are the counts, which belong into a checkpoint. A data set smaller than a
 step is no error: its rows come again, each epoch in a new order. Left out: reading ahead in workers.
 """
@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from reflectvlm.data.filtered import Dataset
-from reflectvlm.data.rows import BadRow, plain
+from reflectvlm.data.rows import BadRow
 from reflectvlm.data.shorten import shortened
 from reflectvlm.interrupt import safe_point
 from reflectvlm.models.chat import chat_spans
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.spans import count_tokens
-from reflectvlm.train.cursor import row_at
+from reflectvlm.train.cursor import place_at
+from reflectvlm.train.reading import read_prompt, read_sample
 from reflectvlm.train.row_rules import Counts, Item, LongRow, RowRules
 from reflectvlm.types import Instruction, Prompt, Sample, Spans
 
@@ -134,14 +134,10 @@ class Feed:
             return None
 
     def _read(self, position: int, counted: bool = False) -> Item:
-        sample = self._sample(position)
+        sample = read_sample(self.data, place_at(len(self.data), position, self.seed))
         instruction = self.instruction(position)
         answer = self.answer(sample)
-        try:
-            prompt = self.policy.prompt(sample, instruction)
-        except Exception as error:
-            detail = f"It cannot be shown to the policy: {_told(error)}"
-            raise BadRow(sample.id, "", "row cannot be shown", "Repair or remove it.", detail) from error
+        prompt = read_prompt(self.policy, sample, instruction)
         if self._fits(prompt, answer):
             return prompt, answer
         if self.rules.on_long != "truncate_text":
@@ -150,21 +146,6 @@ class Feed:
         if counted:
             self._tell_shortened(prompt, answer, short, position)
         return short, answer
-
-    def _sample(self, position: int) -> Sample:
-        if isinstance(self.data, Dataset):  # says itself which of its errors are a row's, and which a file's
-            return row_at(self.data, position, self.seed)
-        numbers: Sequence[Any] = range(len(self.data))
-        place: Any = row_at(numbers, position, self.seed)
-        try:
-            return self.data[place]
-        except BadRow:
-            raise
-        except Exception as error:
-            detail = f"It cannot be read: {_told(error)}"
-            raise BadRow(
-                f"row {place} of the data", "", "row cannot be read", "Repair or remove it.", detail
-            ) from error
 
     def _shortened(self, prompt: Prompt, answer: Spans, instruction: Instruction) -> Prompt:
         def asking(question: str) -> Prompt:
@@ -272,7 +253,3 @@ class Feed:
                 f"{self.limit_name}={self.limit}, raise it, lower policy.max_pixels or set "
                 "row_rules.on_long=truncate_text."
             )
-
-
-def _told(error: Exception) -> str:
-    return plain(f"{type(error).__name__}: {error}".rstrip(".")) + "."

@@ -225,7 +225,7 @@ class RLTrainer:
                 f"All rollouts of {self.unscored_steps} step{'s' * (self.unscored_steps > 1)} in a row are "
                 "unscored, so nothing trains. In each of them a reward failed (the warnings above say how), "
                 "or drop_truncated left all answers out. Repair the reward, or raise sampling.max_tokens; "
-                "resume=auto goes on from the last checkpoint."
+                "resume=auto goes on from the last checkpoint, if there is one."
             )
         if self._idle_steps >= IDLE_STEPS and not self._idleness_told:
             self._idleness_told = True
