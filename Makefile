@@ -6,10 +6,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup train check test torture bench golden docs clean
+.PHONY: help setup train check test torture bench bench-learning golden docs clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 23
 
 setup: $(READY)  ## a virtual environment with the tested versions
 
@@ -33,7 +33,10 @@ test: $(READY)  ## the whole test suite
 torture: $(READY)  ## long tests: kills, resumes, a million fuzzed examples; writes benchmarks/results/torture.md
 	$(BIN)/python benchmarks/torture.py $(ARGS)
 
-bench: $(READY)  ## the learning benchmark over three seeds
+bench: $(READY)  ## speed beside TRL and transformers (ARGS=--tune, --sweep; '--without trl' saves gigabytes)
+	$(BIN)/python benchmarks/speed/compare.py $(ARGS)
+
+bench-learning: $(READY)  ## the learning benchmark over three seeds
 	$(BIN)/python benchmarks/learning.py --jobs 2
 
 golden: $(READY)  ## record the golden trajectory anew; say why in the commit

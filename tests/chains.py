@@ -37,7 +37,7 @@ optimizer: {{_target_: reflectvlm.train.optim.AdamW, lr: 1.0e-3}}
 """
 
 PIPELINE = """# A pipeline
-stages: {{learn: ["micro_rows=8"]}}
+stages: {{learn: ["micro_tokens=800"]}}
 held_out:
   _target_: reflectvlm.train.evaluate.Evaluation
   data: {{_target_: reflectvlm.data.digits.Digits, split: test, size: 3}}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reflectvlm.rollout.cache import SlotCache
 
@@ -92,3 +95,31 @@ def test_all_rows_may_leave() -> None:
     twin.cache.add_rows(1)
     twin.rows = [[]]
     twin.forward([0], [5])
+
+
+class Written(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the numbers that indexed assignments write."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        if func.overloadpacket is torch.ops.aten.index_put_:
+            self.numbers += args[2].numel()
+        return func(*args, **(kwargs or {}))
+
+
+def test_only_rows_whose_number_changes_are_moved() -> None:
+    """Bug: one row that leaves costs a copy of the whole cache."""
+    twin = Twin()
+    twin.cache.add_rows(16)
+    twin.rows = [[] for _ in range(16)]
+    twin.forward(None, [5] * 16)
+    with Written() as written:
+        twin.cache.keep_rows(torch.tensor([0, 1, 14, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]))
+    # One row of 5 tokens: keys and values of 2 layers of 2 heads of 3 numbers.
+    assert written.numbers == 5 * 2 * 2 * 2 * 3
+    twin.rows = [twin.rows[i] for i in (0, 1, 14, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13)]
+    twin.forward(None, [1] * 14)

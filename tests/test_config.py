@@ -503,8 +503,8 @@ def test_words_for_a_stage_reach_it_however_deep(chain: Path, tiny: Path) -> Non
 def test_words_for_all_reach_the_recipe_itself(chain: Path, tiny: Path) -> None:
     """Bug: `*:…` with a key of the recipe alone was refused as a key that no stage has."""
     # Only the last recipe reads rows, so only it knows data.max_bad.
-    trainer = learned(chain, tiny, "*:steps=2", "*:data.max_bad=0.25", "*:micro_rows=3")
-    assert (trainer.steps, trainer.micro_rows) == (2, 3)
+    trainer = learned(chain, tiny, "*:steps=2", "*:data.max_bad=0.25", "*:micro_tokens=300")
+    assert (trainer.steps, trainer.micro_tokens) == (2, 300)
     with pytest.raises(RecipeError, match=r"^No stage has a key 'data.max_badd', nor has a recipe"):
         learned(chain, tiny, "*:data.max_badd=0.25")
 

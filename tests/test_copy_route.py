@@ -373,7 +373,7 @@ def test_ratio_is_one_before_every_update(name: str) -> None:
         objective=ClippedSurrogate(),
         optimizer=AdamW(lr=1e-3).build(policy.module.parameters()),
         runtime=Runtime(),
-        micro_rows=4,
+        micro_tokens=400,
         max_grad_norm=1.0,
     )
     given = prompts(policy)[:3] if name == "copy, last image" else prompts(policy)

@@ -7,11 +7,14 @@ remains between two right ways is the float32 of the log-probs themselves (about
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fixtures import ShowAgain, favour, make_policy, make_prompt, score_batch, sequences_of
 from reflectvlm.batch import Batch
@@ -19,7 +22,10 @@ from reflectvlm.interrupt import Abandoned, abandonable
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.protocols import DecodeState, Reattention
 from reflectvlm.reattention import Implicit, VisualRoute
+from reflectvlm.rollout.continuing import BegunGroup
+from reflectvlm.rollout.decoding import closing
 from reflectvlm.rollout.engine import InProcessEngine
+from reflectvlm.rollout.rows import Rows
 from reflectvlm.types import Insertion, Prompt, Rollout, SamplingParams, Text, Visual
 
 TOLERANCE = 1e-5
@@ -380,6 +386,66 @@ def test_impossible_sizes_are_refused(
     assert generate(policy, [], SamplingParams()) == []
 
 
+# -- what a step costs ----------------------------------------------------------------------------
+
+
+def calls_of(act: Callable[[], Any]) -> int:
+    """Calls of functions, Python's and C's, that an act makes."""
+    count = 0
+
+    def counted(_frame: Any, event: str, _argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(counted)
+    try:
+        act()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+def test_a_step_does_no_work_in_python_for_each_row(prompts: list[Prompt], monkeypatch: Any) -> None:
+    """Bug: a number of every row is read at every token, so twice the rows take twice the time."""
+    policy = make_policy()
+
+    def calls(rows: int) -> int:
+        engine = InProcessEngine(policy=policy, max_rows=rows)
+        groups = [BegunGroup.fresh(prompts[0], rows, 1, 0)]
+        decoding = engine._decoding(groups, SamplingParams(max_tokens=9), ShowAgain(SPECIAL), None)
+        steps = decoding.steps(rows)
+        for _ in range(3):
+            next(steps)
+        return calls_of(lambda: next(steps))
+
+    calls(2)  # what is made once per process
+    assert calls(2) == calls(24)
+
+    # The same count sees a single number read per row.
+    real = Rows.record
+
+    def reading(self: Rows, ids: torch.Tensor, logprobs: torch.Tensor) -> None:
+        real(self, ids, logprobs)
+        for row in range(len(self)):
+            self.count[row].item()
+
+    monkeypatch.setattr(Rows, "record", reading)
+    assert calls(2) + 22 <= calls(24)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=24))
+def test_rows_that_stay_close_the_ranks(leaving: list[bool]) -> None:
+    """Bug: a row that stays is dropped or doubled, or more rows move than leave."""
+    holes, movers, left = closing(torch.tensor(leaving))
+    rows = list(range(len(leaving)))
+    for hole, mover in zip(holes.tolist(), movers.tolist(), strict=True):
+        assert leaving[hole]
+        rows[hole] = mover
+    assert sorted(rows[:left]) == [row for row, leaves in enumerate(leaving) if not leaves]
+    assert len(holes) <= sum(leaving)
+
+
 # -- given up half-way ----------------------------------------------------------------------------
 
 
@@ -388,6 +454,7 @@ def test_a_call_given_up_leaves_nothing_behind(
     policy: QwenVL, prompts: list[Prompt], reattention: Reattention
 ) -> None:
     """Bug: rows, cache or attention function of a rollout that a stop has cut short are in the next one."""
+    attention = policy.model.model.language_model.config._attn_implementation
     sampling = SamplingParams(max_tokens=6)
     wanted = generate(policy, prompts, sampling, reattention, max_rows=6)
     engine = InProcessEngine(policy=policy, max_rows=6)
@@ -413,4 +480,4 @@ def test_a_call_given_up_leaves_nothing_behind(
     assert asked == given_up
     assert [[r.spans for r in group] for group in groups] == [[r.spans for r in group] for group in wanted]
     assert torch.is_grad_enabled()
-    assert policy.model.model.language_model.config._attn_implementation == "sdpa"
+    assert policy.model.model.language_model.config._attn_implementation == attention

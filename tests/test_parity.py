@@ -143,15 +143,15 @@ def test_a_script_without_texts_is_refused(exact_policy: QwenVL, texts: object) 
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("micro_rows", [1, 2, 5])
+@pytest.mark.parametrize("micro_tokens", [1, 130, 400])
 def test_old_and_reference_scores_are_those_of_the_whole_batch(
-    exact_policy: QwenVL, prompts: list[Prompt], side: str, micro_rows: int
+    exact_policy: QwenVL, prompts: list[Prompt], side: str, micro_tokens: int
 ) -> None:
     """Scores of a micro-batch written into the wrong columns of the batch."""
     policy = dataclasses.replace(exact_policy, padding_side=side)  # type: ignore[arg-type]
     engine = InProcessEngine(policy=policy)
     groups = engine.generate(prompts, 3, SamplingParams(max_tokens=9, stop=("s",)), ShowAgain("a"), seed=4)
     batch = policy.batch(sequences_of(groups))
-    pieces = score_without_grad(policy, batch, micro_rows, 0.7)
+    pieces = score_without_grad(policy, batch, micro_tokens, 0.7)
     assert (pieces - score_batch(policy, batch, 0.7).logprobs).abs().max() < TOLERANCE
     assert (pieces - batch.old_logprobs).abs().max() > 1000 * TOLERANCE  # those are at temperature 1

@@ -147,8 +147,8 @@ def test_overrides_go_to_one_recipe_or_to_all_that_know_the_key(fresh: Path, tin
     assert recorded["ask"]["rows"] == 3
     assert recorded["cold"]["optimizer"]["lr"] == 1e-5
     assert recorded["learn"]["optimizer"]["lr"] == 1e-3
-    assert recorded["learn"]["micro_rows"] == 8, "what the pipeline's file tells a recipe"
-    assert recorded["cold"]["micro_rows"] == 16
+    assert recorded["learn"]["micro_tokens"] == 800, "what the pipeline's file tells a recipe"
+    assert recorded["cold"]["micro_tokens"] == 8192
 
 
 def test_two_seeds_have_two_folders(folder: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,7 +202,7 @@ QWEN_LA_SFT_7B = {
     "optimizer.betas": [0.9, 0.999],
     "optimizer.eps": 1e-8,
     "rows_per_step": 1 * 8 * 8,
-    "micro_rows": 1,
+    "micro_tokens": 8192,
     "start_from": None,
     "data_from": None,
 }

@@ -75,7 +75,7 @@ def test_b1_resumed_at_every_step(make, changes, cut, tmp_path, whole):
     same_runs(resumed.folder, whole(make, **changes))
 
 
-# A step of small_rl: 2 rows, one generate, 2 x 2 updates of one micro-batch each, or 3 with micro_rows=1.
+# A step of small_rl: 2 rows, one generate, 2 x 2 updates of one micro-batch each, or 3 with micro_tokens=1.
 POINTS = [
     (small_rl, QwenVL, "prompt", 4, "amid the rows of a step"),
     (small_rl, RLTrainer, "update", 3, "between rollout and update"),
@@ -93,9 +93,9 @@ POINTS = [
 @pytest.mark.parametrize(("make", "owner", "name", "number", "where"), POINTS, ids=[p[4] for p in POINTS])
 def test_b1_resumed_within_a_step(make, owner, name, number, where, tmp_path, whole):
     """Bug: state that changes in the middle of a step is saved, or is not put back, there."""
-    changes = {"micro_rows": 1} if where.startswith("amid acc") else SYNC
+    changes = {"micro_tokens": 1} if where.startswith("amid acc") else SYNC
     if make is not small_rl:
-        changes = {"micro_rows": 1}
+        changes = {"micro_tokens": 1}
     resumed = cut_and_resumed(make, tmp_path, owner, name, number, **changes)
     same_runs(resumed.folder, whole(make, **changes))
 
@@ -212,15 +212,30 @@ def test_b2_forgetting_any_part_of_the_state_shows(forget, tmp_path, monkeypatch
         assert logged(resumed.folder) != logged(unbroken)
 
 
-def test_b3_rows_come_from_a_cursor_and_not_from_workers(tmp_path):
-    """Bug: rows that background workers have read ahead are lost or doubled. There are no workers: which
-    rows a step takes follows from seed and position alone."""
-    trainer = small_rl(tmp_path)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_b3_rows_come_from_the_position_whoever_reads_them(workers, tmp_path):
+    """Bug: rows that workers have read ahead are lost or doubled by a resume, in whatever order they were
+    read."""
+    trainer = small_rl(tmp_path, workers=workers, prefetch=3)
+    trainer.next_prompts(2)  # with workers rows 2 to 5 are being read now
     trainer.load_state(trainer.state() | {"position": 7})
     ids = [prompt.sample.id for prompt in trainer.next_prompts(4)]
-    other = small_rl(tmp_path)
-    straight = [prompt.sample.id for prompt in other.next_prompts(11)][7:]
-    assert ids == straight
+    trainer.load_state(trainer.state() | {"position": 1})
+    ids += [prompt.sample.id for prompt in trainer.next_prompts(2)]
+    trainer.feed.close()
+    straight = [prompt.sample.id for prompt in small_rl(tmp_path).next_prompts(11)]
+    assert ids == straight[7:] + straight[1:3]
+
+
+@pytest.mark.parametrize(("make", "cut"), [(small_rl, 4), (small_sft, 3)])
+def test_b3_resumed_with_workers(make, cut, tmp_path, whole):
+    """Bug: what workers had read ahead when the run died is counted as taken, or read in place of other
+    rows; 4 rows make epoch edges fall among those that are read ahead."""
+    changes = EDGE if make is small_rl else {}
+    cls = type(make(tmp_path / "type", **changes))
+    ahead = {"workers": 2, "prefetch": 5}
+    resumed = cut_and_resumed(make, tmp_path, cls, "step", cut, **changes, **ahead)
+    same_runs(resumed.folder, whole(make, **changes))
 
 
 def test_b4_evaluating_and_saving_more_often_changes_nothing_learned(tmp_path):

@@ -248,9 +248,9 @@ def test_d3_all_truncated_moves_no_weight(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("objective", [*OBJECTIVES, CrossEntropy()], ids=repr)
 def test_d3_rows_without_a_trained_token(tmp_path: Path, objective: Objective) -> None:
-    """Bug: 0 / 0 in a row's mean; a micro-batch without a gradient path ends the backward pass. Here the
-    masked rows are a micro-batch of their own, and all of the batch."""
-    trainer = trainer_with(tmp_path, places, objective=objective, micro_rows=2)
+    """Bug: 0 / 0 in a row's mean; a micro-batch without a gradient path ends the backward pass. Here
+    masked rows are micro-batches of their own, and all of the batch."""
+    trainer = trainer_with(tmp_path, places, objective=objective, micro_tokens=1)
     batch = trainer.batch(trainer.sample_groups(0))
     ref = None if getattr(objective, "kl", None) is None else batch.old_logprobs
     batch = dataclasses.replace(batch, ref_logprobs=ref)
@@ -572,8 +572,8 @@ def logprobs_of(rollout: Rollout) -> list[float]:
 def test_d6_a_scored_group_is_the_same_in_any_company(tmp_path: Path) -> None:
     """Bug: a group's gradient that depends on how rows are cut into micro-batches."""
     gradients = []
-    for rows in (1, 4, 16):
-        trainer = trainer_with(tmp_path, per_rollout(remainder), policy=exact_copy(), micro_rows=rows)
+    for tokens in (1, 300, 16384):
+        trainer = trainer_with(tmp_path, per_rollout(remainder), policy=exact_copy(), micro_tokens=tokens)
         groups: list[ScoredGroup] = trainer.sample_groups(0)
         trainer.updater(trainer.batch(groups), 0.0)
         gradients.append([p.grad.clone() for p in trainer.policy.module.parameters() if p.grad is not None])

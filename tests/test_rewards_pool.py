@@ -121,7 +121,7 @@ def test_equal_questions_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None
     asked: list[Any] = []
 
     class Scripted:
-        def map(self, target: str, calls: list[dict[str, Any]], timeout: float) -> list[Any]:
+        def map(self, target: str, calls: list[dict[str, Any]], timeout: float, *, first: int) -> list[Any]:
             asked.extend(call["answer"] for call in calls)
             return [RewardError("timeout", "slow") if call["answer"] == "z" else True for call in calls]
 

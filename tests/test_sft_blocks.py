@@ -178,9 +178,9 @@ def test_recorded_tags_may_share_a_token(place: str) -> None:
         place_recorded(policy, prompt, ids, copied, [[[0, None]], [[0, None]]])
 
 
-@pytest.mark.parametrize("micro_rows", [1, 2])
-def test_choices_do_not_depend_on_how_rows_are_split(tmp_path: Path, micro_rows: int) -> None:
-    """micro_rows bounds the memory of ROUTE's pass as well, and changes no result."""
+@pytest.mark.parametrize("micro_tokens", [1, 150])
+def test_choices_do_not_depend_on_how_rows_are_split(tmp_path: Path, micro_tokens: int) -> None:
+    """micro_tokens bounds the memory of ROUTE's pass as well, and changes no result."""
     made = trainer(tmp_path, make_policy(dtype=torch.float64), VisualRoute(trigger=SPECIAL, m=40), rows())
     whole = [spans for _, spans in made.sequences(range(3))]
-    assert [s for _, s in dataclasses.replace(made, micro_rows=micro_rows).sequences(range(3))] == whole
+    assert [s for _, s in dataclasses.replace(made, micro_tokens=micro_tokens).sequences(range(3))] == whole

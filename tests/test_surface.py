@@ -62,9 +62,9 @@ NAMES = [
 
 PACKAGES = {
     "data": "Columns Curriculum Dataset DigitTraces Digits ImageLimits Shapes dataset instruction",
-    "models": "QwenVL load_policy",
-    "rollout": "InProcessEngine",
-    "train": "AdamW Distiller DynamicSampling Evaluation Output RLTrainer RunResult SFTTrainer",
+    "models": "FeatureCache QwenVL load_policy",
+    "rollout": "InProcessEngine StopGroup",
+    "train": "AdamW Distiller DynamicSampling Evaluation Output PartialRollouts RLTrainer RunResult SFTTrainer",
 }
 
 RECIPES = [
@@ -100,6 +100,7 @@ PROTOCOLS = {
     "Advantage": "__call__",
     "DecodeState": "attention ids insertions prompt sampled special text",
     "Judge": "__call__",
+    "LongTail": "__call__",
     "Objective": "__call__",
     "Policy": "answer batch decode features module offsets prompt prompt_length reserved_ids save score",
     "Reattention": "__call__ probe trigger",

@@ -6,6 +6,8 @@ import importlib.util
 import json
 import logging
 import math
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from reflectvlm.train import trackers as trackers_module
+from reflectvlm.train.tracker_thread import WAITING
 from reflectvlm.train.trackers import JsonLines, TensorBoard, Trackers, Wandb, finite, sample_rows
 from reflectvlm.types import Prompt, Rollout, Sample, ScoredGroup, Text, Visual
 
@@ -138,6 +142,7 @@ def test_tensorboard_points_read_back(tmp_path: Path) -> None:
         tracker.metrics(step, {"reward/accuracy": float(step), "kl": math.nan})
         tracker.rollouts(step, [group(0.0, 1.0)])
     tracker.close()
+    time.sleep(1.1)  # files are read by their names: a second, then a count whose 10 sorts before its 9
     tracker.truncate_after(2)
     tracker.metrics(3, {"reward/accuracy": 30.0})
     tracker.close()
@@ -241,3 +246,93 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracker.close()
     tracker.close()
     assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 1
+
+
+class Slow:
+    """A tracker behind a network that hangs until it is let go."""
+
+    may_stall = True
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.free = threading.Event()
+
+    def start(self, card: Mapping[str, Any]) -> None:
+        self.free.wait(20)
+        self.calls.append(("start", dict(card)))
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self.calls.append(("metrics", step, dict(values)))
+        if values.get("fails"):
+            raise ConnectionError("no route")
+
+    def rollouts(self, step: int, groups: Sequence[ScoredGroup]) -> None:
+        self.calls.append(("rollouts", step, len(groups)))
+
+    def close(self) -> None:
+        self.calls.append(("close",))
+
+
+def test_no_step_waits_for_a_tracker_that_stalls(tmp_path: Path) -> None:
+    """Bug: a dashboard that does not answer for a minute stops training for a minute; or calls come in
+    another order, with values of a later step, or are lost at the end."""
+    slow, files = Slow(), JsonLines(tmp_path)
+    trackers = Trackers((slow, files))
+    began = time.monotonic()
+    trackers.start({"name": "run"})
+    values = {"loss": 1.0}
+    for step in range(3):
+        values["loss"] = float(step)
+        trackers.metrics(step, values)
+    trackers.rollouts(2, [group(1.0, 0.0)])
+    assert time.monotonic() - began < 5
+    assert slow.calls == []
+    assert len(rows(tmp_path / "metrics.jsonl")) == 3  # files are written at once, as checkpoints count on
+    slow.free.set()
+    trackers.close()
+    told = [("metrics", step, {"loss": float(step)}) for step in range(3)]
+    assert slow.calls == [("start", {"name": "run"}), *told, ("rollouts", 2, 1), ("close",)]
+    trackers.close()  # as at the end of a run and once more behind it
+
+
+def test_a_failing_tracker_in_the_background_is_reported_and_dropped(caplog: Any) -> None:
+    """Bug: errors of a thread vanish, or are told for every step; or a dropped tracker goes on failing."""
+    slow = Slow()
+    slow.free.set()
+    trackers = Trackers((slow,), patience=3)
+    with caplog.at_level(logging.WARNING):
+        for step in range(6):
+            trackers.metrics(step, {"fails": 1.0})
+        trackers.close()
+    assert [message.split(";")[0] for message in caplog.messages] == [
+        "Tracker Slow failed",
+        "Tracker Slow failed 3 times in a row and is dropped",
+    ]
+    assert slow.calls.count(("close",)) == 1
+    assert sum(call[0] == "metrics" for call in slow.calls) == 3
+
+
+def test_what_a_tracker_cannot_keep_up_with_is_told_and_counted(
+    caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: values of days pile up in memory for a dashboard that is gone, or the run waits for it at the end
+    for ever; or points are missing and nobody says so."""
+    monkeypatch.setattr(trackers_module, "_LAST_CALLS", 0.2)
+    slow = Slow()
+    trackers = Trackers((slow,))
+    with caplog.at_level(logging.WARNING):
+        trackers.start({})
+        for step in range(WAITING + 50):
+            trackers.metrics(step, {})
+        began = time.monotonic()
+        trackers.close()
+    assert time.monotonic() - began < 5
+    assert [message.split(";")[0] for message in caplog.messages] == [
+        "Tracker Slow is slower than the run",
+        "Tracker Slow had not finished 0 seconds after the run, and is left alone.",
+        caplog.messages[-1],
+    ]
+    lost = int(caplog.messages[-1].split()[3])
+    assert caplog.messages[-1] == f"Tracker Slow lacks {lost} calls of this run."
+    assert lost in (50, 51)  # the thread may have taken `start` out of the queue by then, or not yet
+    slow.free.set()

@@ -54,13 +54,13 @@ def only_tags(path: str = "tiny", **settings: Any) -> QwenVL:
     return load_policy(path, new_tags=TAGS, embeddings="new_tags", freeze_parts=PARTS, **settings)
 
 
-def updater(policy: QwenVL, micro_rows: int = 2) -> Updater:
+def updater(policy: QwenVL, micro_tokens: int = 150) -> Updater:
     return Updater(
         policy=policy,
         objective=CrossEntropy(),
         optimizer=ADAMW.build(policy.module.parameters()),
         runtime=Runtime(),
-        micro_rows=micro_rows,
+        micro_tokens=micro_tokens,
         max_grad_norm=1.0,
     )
 
@@ -106,11 +106,11 @@ def test_old_rows_are_bit_identical(tied: bool, tmp_path: Path) -> None:
 
 
 def test_accumulation_and_clipping_see_only_the_rows() -> None:
-    """A norm that counts the emptied rows scales every step down, and differs with micro_rows."""
+    """A norm that counts the emptied rows scales every step down, and differs with micro_tokens."""
     norms, rows = [], []
-    for micro_rows in (1, 4):
+    for micro_tokens in (1, 4096):
         policy = only_tags()
-        norms.append(train(policy, updater(policy, micro_rows), 1)["grad_norm"])
+        norms.append(train(policy, updater(policy, micro_tokens), 1)["grad_norm"])
         rows.append(policy.model.lm_head.weight.detach()[FIRST : FIRST + 2])
         gradient = policy.model.lm_head.weight.grad
         assert gradient.count_nonzero(dim=1).nonzero().flatten().tolist() == [FIRST, FIRST + 1]

@@ -17,13 +17,17 @@ from reflectvlm.models.freezing import freeze, part_of
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.objectives import KL, CrossEntropy, dapo, grpo
 from reflectvlm.protocols import Objective
+from reflectvlm.train.budget import image_parts, passes
 from reflectvlm.train.optim import AdamW
 from reflectvlm.train.runtime import Runtime
-from reflectvlm.train.update import NonFinite, Updater, image_parts, loss_inputs
+from reflectvlm.train.update import NonFinite, Updater, loss_inputs
 from reflectvlm.types import Prompt, Spans, Text, Visual
 
 TOLERANCE = 1e-5
 NO_CLIP = 1e9
+WHOLE, ROW_BY_ROW = 4096, 1
+BUDGETS = (WHOLE, ROW_BY_ROW, 100, 150)
+"""Of `make_batch`, whose rows have 58, 79, 61 and 39 tokens, 55 of the first two the same: packed 82."""
 
 
 def answer(*pieces: int | Visual) -> Spans:
@@ -56,14 +60,14 @@ def make_batch(policy: QwenVL, order: Sequence[int] = (0, 1, 2, 3)) -> Batch:
     return dataclasses.replace(batch, advantages=advantages, old_logprobs=near, ref_logprobs=reference)
 
 
-def make_updater(policy: QwenVL, objective: Objective, micro_rows: int, **settings: Any) -> Updater:
+def make_updater(policy: QwenVL, objective: Objective, micro_tokens: int, **settings: Any) -> Updater:
     trained = [p for p in policy.module.parameters() if p.requires_grad]
     chosen: dict[str, Any] = {
         "optimizer": torch.optim.SGD(trained, lr=0.0),
         "max_grad_norm": NO_CLIP,
         **settings,
     }
-    return Updater(policy=policy, objective=objective, runtime=Runtime(), micro_rows=micro_rows, **chosen)
+    return Updater(policy=policy, objective=objective, runtime=Runtime(), micro_tokens=micro_tokens, **chosen)
 
 
 def gradients(policy: QwenVL) -> dict[str, Tensor]:
@@ -104,8 +108,9 @@ def test_micro_batches_change_nothing(policy: QwenVL, objective: Objective, froz
     trained = {name for name, _ in policy.model.named_parameters() if part_of(name) not in frozen}
     assert set(expected) == trained
     reports = []
-    for micro_rows in (4, 1, 3):
-        report = make_updater(policy, objective, micro_rows)(batch, lr=0.0)
+    assert [len(passes(batch.layout, n, share_prefix=True)) for n in BUDGETS] == [1, 4, 3, 2]
+    for micro_tokens in BUDGETS:
+        report = make_updater(policy, objective, micro_tokens)(batch, lr=0.0)
         assert report["loss"] == pytest.approx(loss, abs=TOLERANCE)
         assert largest(gradients(policy), expected) < TOLERANCE
         total = sum(float(g.square().sum()) for g in expected.values())
@@ -125,9 +130,9 @@ def local_mean(inputs: LossInputs) -> LossOutputs:
 def test_the_comparison_sees_a_local_mean(policy: QwenVL) -> None:
     freeze(policy.model, ())
     batch = make_batch(policy)
-    make_updater(policy, local_mean, 4)(batch, lr=0.0)
+    make_updater(policy, local_mean, WHOLE)(batch, lr=0.0)
     whole = gradients(policy)
-    make_updater(policy, local_mean, 1)(batch, lr=0.0)
+    make_updater(policy, local_mean, ROW_BY_ROW)(batch, lr=0.0)
     assert largest(gradients(policy), whole) > 1000 * TOLERANCE
 
 
@@ -146,7 +151,7 @@ def test_the_vision_tower_runs_once_each_way(policy: QwenVL) -> None:
         tower.patch_embed.proj.weight.register_hook(lambda _: count("backward")),
     ]
     assert len(batch.images) == 3 < len(batch)  # two micro-batches, one part of images
-    make_updater(policy, grpo(), 3)(batch, lr=0.0)
+    make_updater(policy, grpo(), 150)(batch, lr=0.0)
     for hook in hooks:
         hook.remove()
     assert calls == {"forward": 1, "backward": 1}
@@ -157,13 +162,13 @@ def test_rows_in_another_order_keep_their_images(policy: QwenVL) -> None:
     """A batch whose rows are shuffled but whose images are not trains on other rows' pictures."""
     freeze(policy.model, ())
     loss, expected = in_one_graph(policy, grpo(), make_batch(policy))
-    report = make_updater(policy, grpo(), 2)(make_batch(policy, (2, 3, 1, 0)), lr=0.0)
+    report = make_updater(policy, grpo(), 150)(make_batch(policy, (2, 3, 1, 0)), lr=0.0)
     assert report["loss"] == pytest.approx(loss, abs=TOLERANCE)
     assert largest(gradients(policy), expected) < TOLERANCE
     # The mistake: images listed in another order than the rows point at them.
     batch = make_batch(policy)
     wrong = dataclasses.replace(batch, visual=torch.where(batch.visual >= 0, (batch.visual + 7) % 32, -1))
-    make_updater(policy, grpo(), 2)(wrong, lr=0.0)
+    make_updater(policy, grpo(), 150)(wrong, lr=0.0)
     assert largest(gradients(policy), expected) > 1000 * TOLERANCE
 
 
@@ -177,7 +182,7 @@ def test_frozen_parts_do_not_move(frozen: tuple[Any, ...]) -> None:
     optimizer = AdamW(lr=1e-3, weight_decay=0.1).build(policy.module.parameters())
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
-    make_updater(policy, grpo(), 2, optimizer=optimizer, max_grad_norm=1.0)(make_batch(policy), lr=1e-3)
+    make_updater(policy, grpo(), 150, optimizer=optimizer, max_grad_norm=1.0)(make_batch(policy), lr=1e-3)
     for name, parameter in policy.model.named_parameters():
         is_frozen = part_of(name) in frozen
         assert (id(parameter) in held) != is_frozen, name
@@ -192,7 +197,7 @@ def test_a_step_is_the_optimisers_at_the_given_rate(policy: QwenVL) -> None:
     _, g = in_one_graph(mine, grpo(), batch)
     norm = sum(float(x.square().sum()) for x in g.values()) ** 0.5
     before = {name: p.detach().clone() for name, p in mine.model.named_parameters()}
-    report = make_updater(mine, grpo(), 2, max_grad_norm=0.5 * norm)(batch, lr=0.01)
+    report = make_updater(mine, grpo(), 150, max_grad_norm=0.5 * norm)(batch, lr=0.01)
     assert (report["lr"], report["grad_norm"]) == (0.01, pytest.approx(norm))
     for name, parameter in mine.model.named_parameters():
         # accelerate divides by norm + 1e-6.
@@ -231,11 +236,11 @@ def test_what_is_not_finite_stops_before_the_weights_move(what: str, message: st
     policy = make_policy(gain=1.0)
     optimizer = AdamW(lr=1e-3).build(policy.module.parameters())
     batch = make_batch(policy)
-    make_updater(policy, grpo(), 2, optimizer=optimizer, max_grad_norm=1.0)(batch, lr=1e-3)
+    make_updater(policy, grpo(), 150, optimizer=optimizer, max_grad_norm=1.0)(batch, lr=1e-3)
     before = [p.detach().clone() for p in policy.module.parameters()]
     state = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(NonFinite, match=message) as raised:
-        make_updater(policy, Broken(what), 2, optimizer=optimizer, max_grad_norm=1.0)(batch, lr=1e-3)
+        make_updater(policy, Broken(what), 150, optimizer=optimizer, max_grad_norm=1.0)(batch, lr=1e-3)
     assert raised.value.batch is batch
     assert all(torch.equal(p, old) for p, old in zip(policy.module.parameters(), before, strict=True))
     for key, values in optimizer.state_dict()["state"].items():
@@ -247,13 +252,13 @@ def test_a_batch_without_images_trains(policy: QwenVL) -> None:
     freeze(policy.model, ())
     prompt = make_prompt(policy, 2, "One and one?", ())
     batch = dataclasses.replace(policy.batch([(prompt, answer(4))]), advantages=torch.ones(1))
-    report = make_updater(policy, grpo(), 1)(batch, lr=0.0)
+    report = make_updater(policy, grpo(), ROW_BY_ROW)(batch, lr=0.0)
     assert report["grad_norm"] > 0
     assert all("visual" not in name for name in gradients(policy))
 
 
 def test_no_rows_at_a_time_is_refused(policy: QwenVL) -> None:
-    with pytest.raises(ValueError, match="micro_rows is 0"):
+    with pytest.raises(ValueError, match="micro_tokens is 0"):
         make_updater(policy, grpo(), 0)
 
 
@@ -269,14 +274,15 @@ def test_all_modules_return_to_what_decoding_needs(policy: QwenVL) -> None:
 
 
 def test_many_images_are_encoded_in_parts(policy: QwenVL) -> None:
-    """Bug: `micro_rows` bounds the language model's memory while all images of an update go through
+    """Bug: `micro_tokens` bounds the language model's memory while all images of an update go through
     the vision tower at once; or the second pass loses part of its gradient."""
     rows = [(make_prompt(policy, seed), answer(3)) for seed in range(5)]
     batch = policy.batch(rows)
     batch = dataclasses.replace(batch, advantages=torch.linspace(-1, 1, 5), old_logprobs=batch.old_logprobs)
-    assert [len(part) for part in image_parts(batch, 2)] == [2, 2, 1]
+    # 64 patches each, which count as 16 tokens.
+    assert [len(part) for part in image_parts(batch.images, 40)] == [2, 2, 1]
     gradients = []
-    for size in (5, 2):
+    for size in (WHOLE, 40):
         twin = dataclasses.replace(policy, model=copy.deepcopy(policy.model))
         make_updater(twin, CrossEntropy(), size)._accumulate(batch)
         gradients.append([p.grad for p in twin.module.parameters() if p.grad is not None])

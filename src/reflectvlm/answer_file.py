@@ -181,7 +181,7 @@ def _tell_progress(done: int, total: int, made: int, seconds: float) -> None:
 def _tell_end(
     made: Sequence[Rollout], file: AnswerFile, data: Dataset, seconds: float, signal: str | None
 ) -> None:
-    cut = sum(rollout.stop == "length" for rollout in made)
+    cut = sum(rollout.truncated for rollout in made)
     log.info(
         "%s%d rows answered in %.1f s (%s; %d cut by max_tokens); %s has %d of %d rows%s",
         f"stopped by {signal}: " if signal else "",

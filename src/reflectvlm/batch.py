@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reflectvlm.types import Patches
+
+
+class Layout(NamedTuple):
+    """Where each row's tokens are: contiguous, with all of its padding on one side."""
+
+    start: Int[np.ndarray, " B"]
+    """Column of a row's first token."""
+    length: Int[np.ndarray, " B"]
+    prompt: Int[np.ndarray, " B"]
+    prompt_tokens: Int[np.ndarray, " B"]
+
+    @property
+    def columns(self) -> slice:
+        """The columns that some row uses."""
+        used = self.length > 0
+        if not used.any():
+            return slice(0, 0)
+        return slice(int(self.start[used].min()), int((self.start + self.length)[used].max()))
+
+    def rows(self, which: Int[np.ndarray, " R"]) -> Layout:
+        return Layout(*(fact[which] for fact in self))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,33 +77,40 @@ class Batch:
     def __len__(self) -> int:
         return self.ids.shape[0]
 
-    def rows(self, start: int, stop: int) -> Batch:
-        """Rows `start` to `stop`, without the columns in which all of them are padding. Images and
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """Where the rows' tokens are, on the host. Costs one copy from the device, so that whoever cuts or
+        packs the batch need not ask it row by row; parts of the batch know theirs from the whole."""
+        start = self.attention.int().argmax(1) if self.attention.shape[1] else torch.zeros_like(self.prompt)
+        facts = (start, self.attention.sum(1), self.prompt, self.prompt_tokens)
+        return Layout(*torch.stack([fact.long() for fact in facts]).cpu().numpy())
+
+    def rows(self, which: Int[Tensor, " R"]) -> Batch:
+        """The rows `which`, in that order, without the columns in which all of them are padding. Images and
         global counts stay those of the whole, so losses of parts add up to the loss of the whole."""
-        used = self.attention[start:stop].any(0).nonzero().flatten()
-        first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
-        columns = slice(first, last)
-        rows = slice(start, stop)
-        return dataclasses.replace(
+        layout = self.layout.rows(which.cpu().numpy())
+        rows, columns = which.to(self.ids.device), layout.columns
+        part = dataclasses.replace(
             self,
             ids=self.ids[rows, columns],
             positions=self.positions[:, rows, columns],
             attention=self.attention[rows, columns],
             visual=self.visual[rows, columns],
             trained=self.trained[rows, columns],
-            predictor=(self.predictor[rows, columns] - first).clamp(min=0),
+            predictor=(self.predictor[rows, columns] - columns.start).clamp(min=0),
             prompt=self.prompt[rows],
             prompt_tokens=self.prompt_tokens[rows],
             old_logprobs=self.old_logprobs[rows, columns],
             advantages=self.advantages[rows],
             ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[rows, columns],
-            row_ids=self.row_ids[rows],
+            row_ids=tuple(self.row_ids[row] for row in which.tolist()) if self.row_ids else (),
         )
+        part.__dict__["layout"] = layout._replace(start=np.maximum(layout.start - columns.start, 0))
+        return part
 
-    def split(self, size: int) -> Iterator[Batch]:
-        """Micro-batches of at most `size` rows."""
-        for start in range(0, len(self), size):
-            yield self.rows(start, min(start + size, len(self)))
+    def split(self, parts: Iterable[Tensor]) -> Iterator[Batch]:
+        """Micro-batches, each of the rows that one of `parts` names by number."""
+        yield from map(self.rows, parts)
 
     def to(self, device: torch.device | str) -> Batch:
         moved: dict[str, Any] = {
@@ -89,7 +119,10 @@ class Batch:
             if isinstance(value := getattr(self, field.name), Tensor)
         }
         images = tuple(dataclasses.replace(image, pixels=image.pixels.to(device)) for image in self.images)
-        return dataclasses.replace(self, **moved, images=images)
+        there = dataclasses.replace(self, **moved, images=images)
+        if self.ids.device.type == "cpu":  # where asking costs nothing
+            there.__dict__["layout"] = self.layout
+        return there
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

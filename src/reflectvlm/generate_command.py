@@ -174,6 +174,7 @@ def _why(rollout: Rollout, sampling: SamplingParams) -> str:
         "eos": "the answer was complete",
         "stop": "stopped at a stop text",
         "length": f"stopped by max_tokens={sampling.max_tokens}",
+        "cut": "cut short by the engine",
     }[rollout.stop]
 
 

@@ -91,7 +91,7 @@ def token_scores(
     targets: Int[Tensor, " K"],
     *,
     bias: Float[Tensor, " V"] | None = None,
-    banned: Sequence[int] = (),
+    banned: Sequence[int] | Int[Tensor, " R"] = (),
     temperature: float = 1.0,
     chunk: int = 1024,
 ) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"]]:
@@ -111,7 +111,7 @@ def token_scores(
         )
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}. It counts tokens scored at once and must be at least 1.")
-    forbidden = torch.tensor(tuple(banned), dtype=torch.long, device=hidden.device)
+    forbidden = torch.as_tensor(banned, dtype=torch.long, device=hidden.device)
     if len(hidden) <= chunk:  # fits: keep the logits rather than compute them twice
         return _score_chunk(hidden, weight, bias, targets, forbidden, temperature)
     logprobs, entropies = [], []

@@ -131,6 +131,9 @@ class RolloutEngine(Protocol):
 
     `seed` decides every random choice together with the prompt's place and the rollout's number,
     so the same call gives the same rollouts whatever else the machine did in between.
+
+    Two optional methods, see `rollout.engine`: `groups`, the same as an iterator of (place, group) in the
+    order in which they are complete, so that rewards may begin; and `go_on`, for partial rollouts.
     """
 
     def generate(
@@ -142,6 +145,18 @@ class RolloutEngine(Protocol):
         *,
         seed: int,
     ) -> list[tuple[Rollout, ...]]: ...
+
+
+@runtime_checkable
+class LongTail(Protocol):
+    """When a group stops waiting for its longest rollouts: lengths of those that have ended, shortest
+    first, and how many the group has -> most tokens that the others may have, or None for no such limit.
+
+    A function of these counts alone, so that a rollout does not depend on time or on what else is decoded.
+    It is asked again whenever one more has ended.
+    """
+
+    def __call__(self, ended: Sequence[int], size: int, /) -> int | None: ...
 
 
 @runtime_checkable

@@ -179,9 +179,9 @@ class Prompt:
         return tuple(patches.grid for patches in self.patches)
 
 
-StopReason: TypeAlias = Literal["eos", "stop", "length"]
-"""Why a rollout ended: its end-of-turn token, a stop string or stop id, or the token budget or the model's
-context is used up."""
+StopReason: TypeAlias = Literal["eos", "stop", "length", "cut"]
+"""Why a rollout ended: its end-of-turn token, a stop string or stop id, the token budget or the model's
+context is used up, or nobody waited for it any longer (`rollout/long_tail.py`, `train/pending.py`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,10 +202,19 @@ class Rollout:
     inserted visual tokens."""
     stop: StopReason
     policy_version: int = 0
-    """Optimiser steps taken before this rollout was sampled."""
+    """Optimiser steps taken before this rollout was sampled; before its first token, if it was sampled in
+    parts by several versions."""
+    token_versions: tuple[int, ...] = ()
+    """The version that sampled each token, if they were several; empty: all are `policy_version`'s. The
+    behaviour log-probs are each token's own version's."""
     offsets: tuple[int, ...] = ()
     """Character of `text` at which each token of the text spans begins, the end-of-turn token perhaps left
     out; empty if nobody counted."""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether it was ended from outside: by a budget, or because nobody waited any longer."""
+        return self.stop in ("length", "cut")
 
     @property
     def sequence(self) -> Spans:
@@ -279,9 +288,10 @@ class ScoredGroup:
         return len(seen) > 1
 
     def without_truncated(self) -> ScoredGroup:
-        """Overlong filtering (DAPO, arXiv 2503.14476, sec. 3.4): rollouts cut by the token budget
-        become unscored, so they neither move the baseline nor enter the loss."""
-        scored = tuple(s and r.stop != "length" for s, r in zip(self.scored, self.rollouts, strict=True))
+        """Overlong filtering (DAPO, arXiv 2503.14476, sec. 3.4): rollouts cut by the token budget, or
+        because nobody waited for them, become unscored, so they neither move the baseline nor enter the
+        loss."""
+        scored = tuple(s and not r.truncated for s, r in zip(self.scored, self.rollouts, strict=True))
         return dataclasses.replace(self, scored=scored)
 
     def _repr_html_(self) -> str:

@@ -6,14 +6,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from reflectvlm.models.feature_cache import FeatureCache
     from reflectvlm.models.qwen_vl import QwenVL, load_policy
 
 _HOME = {
+    "FeatureCache": "reflectvlm.models.feature_cache",
     "QwenVL": "reflectvlm.models.qwen_vl",
     "load_policy": "reflectvlm.models.qwen_vl",
 }
 
 __all__ = [
+    "FeatureCache",
     "QwenVL",
     "load_policy",
 ]

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from reflectvlm.models.products import checkpoint_contexts
 from reflectvlm.models.trust import no_safetensors, refuse_code
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -111,7 +112,7 @@ def load_image_processor(path: str, min_pixels: int | None, max_pixels: int | No
 
 def enable_checkpointing(model: Any) -> None:
     """Activations are computed again on the way back. transformers renamed the switch in 5.x."""
-    settings = {"use_reentrant": False}
+    settings = {"use_reentrant": False, "context_fn": checkpoint_contexts}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     else:

@@ -5,6 +5,9 @@ attends to the prompt and to itself, and its positions are those it has unpacked
 gradients are those of the unpacked rows, at a cost of P + G A tokens instead of G (P + A). For a
 vision-language model, whose prompt is mostly image, that is most of the work.
 
+Packed rows either lie beside each other and attend through a mask [N, 1, S, S] (`dense`: the portable
+reference), or one behind the other as one line that attends along a `Tree` (`tree_attention.py`).
+
 This is a way to compute hidden states and nothing else: batches, losses and trainers see plain rows.
 """
 
@@ -12,62 +15,67 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from reflectvlm.batch import Batch
+from reflectvlm.models.tree import Line, beside, line_up
+from reflectvlm.models.tree_attention import Kind, Tree, tree
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Packed:
-    """N packed rows of at most S tokens."""
+    """N packed rows of at most S tokens, or one line of S."""
 
     ids: Int[Tensor, "N S"]
     positions: Int[Tensor, "3 N S"]
     visual: Int[Tensor, "N S"]
-    mask: Bool[Tensor, "N 1 S S"]
-    """[n, 0, q, k]: token q sees token k."""
     where: Int[Tensor, "B T"]
     """Place of each token of the batch in the packed rows, as n * S + s; padding points to 0."""
+    mask: Bool[Tensor, "N 1 S S"] | None = None
+    """[n, 0, q, k]: token q sees token k."""
+    tree: Tree | None = None
+    """Who sees whom where there is no mask."""
 
 
 def worth_packing(batch: Batch) -> bool:
     """True if two rows share a prompt."""
-    return len(batch) > int(batch.prompt.unique().numel())
+    return line_up(batch) is not None
 
 
-def pack(batch: Batch, pad_id: int) -> Packed:
-    """Rows of the same prompt as one packed row each, in the order of their first rows."""
-    members: dict[int, list[int]] = {}
-    for row, prompt in enumerate(batch.prompt.tolist()):
-        members.setdefault(prompt, []).append(row)
-    prefix = batch.prompt_tokens.tolist()
-    lengths = batch.attention.sum(1).tolist()
-    widths = [prefix[rows[0]] + sum(lengths[row] - prefix[row] for row in rows) for rows in members.values()]
-    width, device = max(widths), batch.ids.device
-    source = torch.full((len(members), width), -1, device=device)
-    branch = torch.full((len(members), width), -1, device=device)
-    where = torch.zeros_like(batch.ids)
-    for n, rows in enumerate(members.values()):
-        end = 0
-        for number, row in enumerate(rows):
-            columns = batch.attention[row].nonzero().flatten()
-            shared, own = columns[: prefix[row]], columns[prefix[row] :]
-            if number == 0:
-                source[n, : len(shared)] = row * batch.ids.shape[1] + shared
-                branch[n, : len(shared)] = 0
-                end = len(shared)
-            place = torch.arange(end, end + len(own), device=device)
-            source[n, place] = row * batch.ids.shape[1] + own
-            branch[n, place] = number + 1
-            where[row, shared] = n * width + torch.arange(len(shared), device=device)
-            where[row, own] = n * width + place
-            end += len(own)
+def pack(batch: Batch, line: Line, kind: Kind, pad_id: int) -> Packed:
+    """The batch's rows, which `line` has in order, as packed rows for attention of this kind."""
+    if kind == "dense":
+        return _beside(batch, line, pad_id)
+    device = batch.ids.device
+    source = torch.from_numpy(line.source).to(device)
     return Packed(
-        ids=_taken(batch.ids, source, pad_id),
-        positions=torch.stack([_taken(axis, source, 0) for axis in batch.positions]),
-        visual=_taken(batch.visual, source, -1),
+        ids=batch.ids.flatten()[source][None],
+        positions=batch.positions.flatten(1)[:, None, source],
+        visual=batch.visual.flatten()[source][None],
+        where=torch.from_numpy(line.where).to(device),
+        tree=tree(kind, line, device),
+    )
+
+
+def mask_elements(line: Line) -> int:
+    """Elements of the dense kind's mask."""
+    return line.rows * int(line.widths.max()) ** 2
+
+
+def _beside(batch: Batch, line: Line, pad_id: int) -> Packed:
+    rows, device = beside(line), batch.ids.device
+    source = np.full_like(rows.branch, -1)
+    source.reshape(-1)[rows.place] = line.source
+    taken, branch, where = (
+        torch.from_numpy(made).to(device) for made in (source, rows.branch, rows.place[line.where])
+    )
+    return Packed(
+        ids=_taken(batch.ids, taken, pad_id),
+        positions=torch.stack([_taken(axis, taken, 0) for axis in batch.positions]),
+        visual=_taken(batch.visual, taken, -1),
         mask=branch_mask(branch),
         where=where,
     )

@@ -8,8 +8,9 @@ hidden states, so [T, 152k] logits are never built.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 
 from reflectvlm import ops
 from reflectvlm.batch import Batch, TokenScores
+from reflectvlm.head import fused_token_scores, next_token_logits
 from reflectvlm.models.attention import AttentionWatch, watching
 from reflectvlm.models.chat import chat_spans
+from reflectvlm.models.feature_cache import FeatureCache, check_frozen, vision_of
 from reflectvlm.models.freezing import Embeddings, Part, check_embeddings, freeze, train_only_rows
 from reflectvlm.models.loading import (
     Attention,
@@ -32,7 +35,11 @@ from reflectvlm.models.loading import (
 )
 from reflectvlm.models.new_tags import add_tags
 from reflectvlm.models.offsets import token_offsets
-from reflectvlm.models.prefix import pack, worth_packing
+from reflectvlm.models.prefix import pack
+from reflectvlm.models.products import fast_products
+from reflectvlm.models.tree import Line, line_up
+from reflectvlm.models.tree_attention import Kind, Tree, prefix_tree
+from reflectvlm.models.tree_choice import PrefixAttention, check_prefix_attention, choose, heads_of
 from reflectvlm.spans import VisionIds, collate, count_tokens
 from reflectvlm.types import Grid, Instruction, Patches, Prompt, Sample, Spans, Text
 
@@ -53,8 +60,10 @@ def load_policy(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     gradient_checkpointing: bool = False,
+    prefix_attention: PrefixAttention = "auto",
     chunk: int = 1024,
     trust_remote_code: bool = False,
+    feature_cache: FeatureCache | None = None,
 ) -> QwenVL:
     """A policy from `"tiny"`, a folder, or a hub name.
 
@@ -64,9 +73,12 @@ def load_policy(
     are. `new_tags` become special tokens in spare embedding rows (`new_tags.py`); those the folder has
     already stay what they are. `embeddings="new_tags"` trains of embedding and head only the rows of
     `new_tags`, also where language is frozen. Pixel limits are those of the image after resizing; None
-    keeps the model's own. `chunk` is how many tokens' logits exist at once.
+    keeps the model's own. `prefix_attention` is how answers that share a prompt attend (`tree_choice.py`):
+    auto, dense, split, varlen or flex. `chunk` is how many tokens' logits exist at once. `feature_cache`
+    keeps the features of every image for the whole run, for which vision and projector must be frozen.
     """
     check_embeddings(embeddings, new_tags)
+    check_prefix_attention(prefix_attention, attention)
     model = load_model(path, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     tags = add_tags(model, tokenizer, new_tags)
@@ -81,7 +93,9 @@ def load_policy(
         image_processor=load_image_processor(path, min_pixels, max_pixels),
         source=path,
         compute=compute,
+        prefix_attention=prefix_attention,
         chunk=chunk,
+        feature_cache=feature_cache,
     )
 
 
@@ -99,8 +113,20 @@ class QwenVL:
     """Dtype of matrix products; None is that of the weights."""
     share_prefix: bool = True
     """Rows of one prompt run it once (`prefix.py`). False is the plain way; results are the same."""
+    prefix_attention: PrefixAttention = "auto"
+    """How they attend then: `dense` is the portable reference; results are the same."""
     chunk: int = 1024
     """Trained tokens whose logits exist at one time."""
+    fast_products: bool = True
+    """On a CPU linear layers go through oneDNN where it is fast (`products.py`). False: PyTorch's choice."""
+    fused_head: bool = True
+    """Log-probs a tile of the vocabulary at a time (`head.py`). False is the plain way."""
+    feature_cache: FeatureCache | None = None
+    """Keeps features for the whole run where the tower is frozen; None runs it each time."""
+
+    def __post_init__(self) -> None:
+        if self.feature_cache is not None and self.model is not None:
+            check_frozen(vision_of(self.model))
 
     @property
     def module(self) -> nn.Module:
@@ -140,6 +166,14 @@ class QwenVL:
         spans = chat_spans(self.tokenizer, self.vision, sample, instruction)
         return Prompt(sample=sample, spans=spans, patches=tuple(map(self.patches, sample.images)))
 
+    def for_reading(self) -> QwenVL:
+        """The policy without its weights, small enough for another process: it makes prompts and encodes
+        gold answers."""
+        light = dataclasses.replace(self, model=None, feature_cache=None)
+        for name in ("vision", "end_ids", "pad_id", "reserved_ids"):  # what follows from the model
+            vars(light)[name] = getattr(self, name)
+        return light
+
     def patches(self, image: Any) -> Patches:
         """One image, resized to the run's limits and cut into patches."""
         made = self.image_processor(images=[image], return_tensors="pt")
@@ -172,14 +206,21 @@ class QwenVL:
             return torch.zeros(
                 0, self.model.lm_head.weight.shape[1], device=self.device, dtype=self.model.dtype
             )
+        if self.feature_cache is None:
+            return self._encoded(images).to(self.model.dtype)
+        kept = self.feature_cache(images, self.model, self.compute, self._encoded)
+        return torch.cat([one.to(self.device) for one in kept]).to(self.model.dtype)
+
+    def _encoded(self, images: Sequence[Patches]) -> Float[Tensor, "V D"]:
+        """One pass of vision tower and projector; features in the dtype they come in."""
         merge = self.image_processor.merge_size
         grids = [(i.grid.frames, i.grid.rows * merge, i.grid.columns * merge) for i in images]
         pixels = torch.cat([image.pixels for image in images]).to(self.device)
-        with self._autocast():
+        with self._arithmetic():
             made = self.model.model.get_image_features(
                 pixels, torch.tensor(grids, device=self.device), return_dict=True
             )
-        return torch.cat(list(made.pooler_output)).to(self.model.dtype)
+        return torch.cat(list(made.pooler_output))
 
     def embed(
         self, ids: Int[Tensor, "B T"], visual: Int[Tensor, "B T"], features: Float[Tensor, "V D"]
@@ -188,7 +229,9 @@ class QwenVL:
         embedded = self.model.get_input_embeddings()(ids)
         if len(features) == 0:
             return embedded
-        return torch.where((visual >= 0)[..., None], features[visual.clamp(min=0)], embedded)
+        places = (visual.flatten() >= 0).nonzero().flatten()
+        shown = features[visual.flatten()[places]]
+        return embedded.flatten(0, 1).index_copy(0, places, shown).view_as(embedded)
 
     def hidden(
         self,
@@ -197,11 +240,13 @@ class QwenVL:
         mask: Tensor | None,
         cache: Any = None,
         watch: AttentionWatch | None = None,
+        tree: Tree | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Last hidden states. `mask` is [B, T] over columns, or [B, 1, T, S] over cached keys; None
-        is plain causal attention. `watch` learns what its queries attend to."""
+        is plain causal attention, or that of packed rows along `tree`. `watch` learns what its queries
+        attend to."""
         language_model = self.model.model.language_model
-        with self._autocast(), watching(language_model, watch) as watched:
+        with self._arithmetic(), watching(language_model, watch) as watched:
             out = language_model(
                 inputs_embeds=embedded,
                 position_ids=positions,
@@ -209,24 +254,27 @@ class QwenVL:
                 past_key_values=cache,
                 use_cache=cache is not None,
                 **watched,
+                **prefix_tree(language_model, tree),
             )
         return out.last_hidden_state
 
     def logits(self, hidden: Float[Tensor, "B D"]) -> Float[Tensor, "B vocabulary"]:
         """Next-token logits in float32 with reserved ids at minus infinity."""
-        with self._autocast():
-            logits = self.model.lm_head(hidden)
-        return logits.float().index_fill(-1, self.banned, float("-inf"))
+        with self._arithmetic():
+            logits = next_token_logits(self.model.lm_head, hidden).float()
+        # Without gradients the logits are nobody else's.
+        fill = logits.index_fill if logits.requires_grad else logits.index_fill_
+        return fill(-1, self.banned, float("-inf"))
 
     def score(self, batch: Batch, features: Float[Tensor, "V D"], temperature: float = 1.0) -> TokenScores:
         hidden, where = self._hidden_states(batch, features)
         row, column = batch.trained.nonzero(as_tuple=True)
-        with self._autocast():
-            logprobs, entropy = ops.token_scores(
+        with self._arithmetic():
+            logprobs, entropy = self._token_scores(
                 hidden.flatten(0, 1)[where[row, batch.predictor[row, column]]],
                 self.model.lm_head.weight,
                 batch.ids[row, column],
-                banned=self.reserved_ids,
+                banned=self.banned,
                 temperature=temperature,
                 chunk=self.chunk,
             )
@@ -240,18 +288,29 @@ class QwenVL:
         self, batch: Batch, features: Float[Tensor, "V D"]
     ) -> tuple[Float[Tensor, "N S D"], Int[Tensor, "B T"]]:
         """Hidden states, and for each token of the batch its place in them, as n * S + s."""
-        if self.share_prefix and worth_packing(batch):
-            packed = pack(batch, self.pad_id)
+        if self.share_prefix and (line := line_up(batch)) is not None:
+            packed = pack(batch, line, self._prefix_kind(line), self.pad_id)
             embedded = self.embed(packed.ids, packed.visual, features)
-            return self.hidden(embedded, packed.positions, packed.mask), packed.where
+            return self.hidden(embedded, packed.positions, packed.mask, tree=packed.tree), packed.where
         # With padding on the right no token sees it, and causal attention needs no mask.
-        mask = None if bool(batch.attention[:, 0].all()) else batch.attention.long()
+        mask = None if not batch.layout.start.any() else batch.attention.long()
         hidden = self.hidden(self.embed(batch.ids, batch.visual, features), batch.positions, mask)
         return hidden, torch.arange(batch.ids.numel(), device=self.device).view(batch.ids.shape)
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def _prefix_kind(self, line: Line) -> Kind:
+        dtype = self.model.dtype if self.compute is None else getattr(torch, self.compute)
+        attention = self.model.config._attn_implementation
+        heads = heads_of(self.model.model.language_model, dtype)
+        return choose(self.prefix_attention, attention, heads, line)
+
+    @property
+    def _token_scores(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        return fused_token_scores if self.fused_head else ops.token_scores
+
+    def _arithmetic(self) -> contextlib.AbstractContextManager[Any]:
+        """How matrix products are computed."""
         if self.compute is None:
-            return contextlib.nullcontext()
+            return fast_products(self.fast_products)
         return torch.autocast(self.device.type, dtype=getattr(torch, self.compute))
 
     def _attention_mask(self, mask: Tensor | None) -> Tensor | None:
@@ -287,4 +346,4 @@ class QwenVL:
 
 @functools.lru_cache(maxsize=16)
 def _on_device(ids: tuple[int, ...], device: torch.device) -> Int[Tensor, " R"]:
-    return torch.tensor(ids, device=device)
+    return torch.tensor(ids, dtype=torch.long, device=device)

@@ -13,7 +13,9 @@ from typing import ClassVar, Literal
 
 from reflectvlm.rewards import answers
 from reflectvlm.rewards.isolation import RewardError
-from reflectvlm.rewards.maths import Equal, settle
+from reflectvlm.rewards.lanes import Ahead
+from reflectvlm.rewards.maths import Equal, math_pool, settle
+from reflectvlm.rewards.pool import default_size
 from reflectvlm.types import Rollout
 
 _CHOICES = {"kind": ("auto", "number", "choice", "text", "math"), "rule": ("strict", "lookback")}
@@ -77,6 +79,23 @@ class Accuracy:
         ]
         grouped = iter(values)
         return [_values([next(grouped) for _ in group]) for group in groups]
+
+    @property
+    def lanes(self) -> int:
+        return default_size()
+
+    def early(self, group: Sequence[Rollout], place: int, /) -> Ahead | None:
+        """The same for a single rollout, while others are still decoded, if it needs sympy."""
+        (rollout,) = group
+        sample = rollout.prompt.sample
+        found = self._decide(rollout.text, sample.answer, sample.id)
+        if not isinstance(found, Equal):
+            return None
+        return Ahead(lambda: self._settled(found, rollout, place), stop=math_pool().abort)
+
+    def _settled(self, question: Equal, rollout: Rollout, place: int) -> list[float] | Exception:
+        (found,) = settle([question], self.timeout, first=place)
+        return _values([self._verdict(found, rollout)])
 
     def is_right(self, text: str, gold: str, sample_id: str = "?") -> bool:
         """The same decision for a plain text: evaluation uses it too, so the two cannot disagree."""

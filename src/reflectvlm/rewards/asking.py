@@ -3,7 +3,8 @@
 A reward is asked once per group, or once per rollout if it is `rowwise`. One that has to wait for
 something (a process, a server) may have a method `many(groups)`, which is asked about all of them at once
 and gives for each what `reward(group)` would give, or the exception it would raise. All others are called
-here, one after the other. Values come by place: what was done first changes nothing.
+here, one after the other. Values come by place: what was done first changes nothing. What is known already,
+because it was asked while other groups were still decoded (`early.py`), is not asked again.
 
 This is the boundary for rewards: whatever they raise or return becomes a number, None, or an exception
 that says why there is none. Before each call a step may be given up.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import math
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -25,27 +26,50 @@ from reflectvlm.types import Rollout
 Value: TypeAlias = float | BaseException | None
 """A finite number, None where the reward does not apply, or why there is no number."""
 Group: TypeAlias = tuple[Rollout, ...]
+Unit: TypeAlias = tuple[int, int]
+"""What is asked about at one time: (group, 0), or (group, rollout) of a reward that is `rowwise`."""
 
 # sys.exit() in a reward must not end a run, nor a cancelled task of its own; Ctrl-C is the user's.
 _FAILURES = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
 
 
-def ask_all(rewards: Mapping[str, Reward], groups: Sequence[Group]) -> dict[str, list[list[Value]]]:
-    """For each reward, for each group, one value per rollout. Rewards that wait do so side by side."""
+def ask_all(
+    rewards: Mapping[str, Reward],
+    groups: Sequence[Group],
+    known: Callable[[str], Mapping[Unit, Any]] | None = None,
+) -> dict[str, list[list[Value]]]:
+    """For each reward, for each group, one value per rollout. Rewards that wait do so side by side.
+
+    `known` gives what was asked early of a reward, and waits for it if need be: it is called last.
+    """
     waiting = [name for name, reward in rewards.items() if hasattr(reward, "many")]
     others = [name for name in rewards if name not in waiting]
     found = {name: ask(rewards[name], groups) for name in others}
-    calls = [partial(ask, rewards[name], groups) for name in waiting]
+    early = {name: {} if known is None else known(name) for name in waiting}
+    calls = [partial(ask, rewards[name], groups, early[name]) for name in waiting]
     found |= zip(waiting, side_by_side(calls, len(calls)), strict=True)
     return {name: found[name] for name in rewards}
 
 
-def ask(reward: Reward, groups: Sequence[Group]) -> list[list[Value]]:
-    """One reward's values for each group."""
+def ask(
+    reward: Reward, groups: Sequence[Group], known: Mapping[Unit, Any] | None = None
+) -> list[list[Value]]:
+    """One reward's values for each group; of units in `known` that is what it gave."""
+    outcomes = known or {}
+    asked = {unit: rows for place, group in enumerate(groups) for unit, rows in units(reward, place, group)}
+    left = {unit: rows for unit, rows in asked.items() if unit not in outcomes}
+    values = dict(zip(left, _ask(reward, list(left.values())), strict=True)) if left else {}
+    values |= {unit: _values(outcomes[unit], len(rows)) for unit, rows in asked.items() if unit in outcomes}
     if not getattr(reward, "rowwise", False):
-        return _ask(reward, groups)
-    single = iter(_ask(reward, [(rollout,) for group in groups for rollout in group]))
-    return [[next(single)[0] for _ in group] for group in groups]
+        return [values[place, 0] for place in range(len(groups))]
+    return [[values[place, row][0] for row in range(len(group))] for place, group in enumerate(groups)]
+
+
+def units(reward: Reward, place: int, group: Group) -> list[tuple[Unit, Group]]:
+    """What a reward is asked about at one time: each rollout of a group, or the whole of it."""
+    if not getattr(reward, "rowwise", False):
+        return [((place, 0), group)]
+    return [((place, row), (rollout,)) for row, rollout in enumerate(group)]
 
 
 def _ask(reward: Reward, units: Sequence[Group]) -> list[list[Value]]:
@@ -61,12 +85,17 @@ def _ask(reward: Reward, units: Sequence[Group]) -> list[list[Value]]:
     return [_values(outcome, len(unit)) for outcome, unit in zip(outcomes, units, strict=True)]
 
 
-def _called(function: Any, argument: Any) -> Any:
+def outcome(call: Callable[[], Any]) -> Any:
+    """What a call of a reward gives, or the exception that it fails with."""
     still_wanted()
     try:
-        return function(argument)
+        return call()
     except _FAILURES as error:
         return error
+
+
+def _called(function: Any, argument: Any) -> Any:
+    return outcome(partial(function, argument))
 
 
 def _values(outcome: Any, count: int) -> list[Value]:

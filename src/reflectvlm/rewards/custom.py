@@ -27,13 +27,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from reflectvlm.rewards.isolation import Code, Parameters, RewardError, pickled
-from reflectvlm.rewards.lanes import still_wanted
+from reflectvlm.rewards.lanes import Ahead, still_wanted
 from reflectvlm.rewards.lift import PerRollout
-from reflectvlm.rewards.pool import WorkerPool, shared_pool
+from reflectvlm.rewards.pool import WorkerPool, default_size, shared_pool
 from reflectvlm.rewards.worker import call, describe
 from reflectvlm.types import Rollout, Span, Text
 
@@ -121,6 +122,26 @@ class Custom:
                 found.append(error)  # it asks for a column that these rows lack
         values = iter(pool.map(target, [one for one in found if isinstance(one, dict)], self.timeout))
         return [next(values) if isinstance(one, dict) else one for one in found]
+
+    @property
+    def lanes(self) -> int:
+        return self.workers or default_size()
+
+    def early(self, group: Sequence[Rollout], place: int, /) -> Ahead | None:
+        """The same for one group, while others are still decoded; see `early.py`."""
+        if self.timeout is None:
+            return None
+        pool = self._workers(self._target())
+        return Ahead(partial(self._one, pool, tuple(group), place), stop=pool.abort)
+
+    def _one(self, pool: WorkerPool, group: tuple[Rollout, ...], place: int) -> Any:
+        target = self._target()
+        parameters = pool.parameters(target)
+        if isinstance(parameters, RewardError):
+            return parameters
+        arguments = self._arguments(parameters, self._offered(group))
+        assert self.timeout is not None
+        return pool.map(target, [arguments], self.timeout, first=place)[0]
 
     def close(self) -> None:
         """Ends the function's processes. A later call starts fresh ones."""

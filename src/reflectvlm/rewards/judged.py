@@ -10,7 +10,7 @@ from typing import ClassVar
 from reflectvlm.protocols import Judge
 from reflectvlm.rewards import answers
 from reflectvlm.rewards.isolation import RewardError
-from reflectvlm.rewards.lanes import side_by_side
+from reflectvlm.rewards.lanes import Ahead, side_by_side
 from reflectvlm.rewards.verdict import Verdict, case_of
 from reflectvlm.types import Rollout
 
@@ -60,6 +60,17 @@ class Judged:
         known = dict(zip(first, side_by_side(asked, self.at_once, apart=True), strict=True))
         scores = iter([0.0 if case is None else known[case] for case in cases])
         return [_values([next(scores) for _ in group]) for group in groups]
+
+    @property
+    def lanes(self) -> int:
+        return self.at_once
+
+    def early(self, group: Sequence[Rollout], place: int, /) -> Ahead | None:
+        """The same for a single rollout, while others are still decoded; see `early.py`."""
+        del place
+        (rollout,) = group
+        case = self._case(rollout)
+        return None if case is None else Ahead(lambda: _values([self._score(rollout)]), key=case)
 
     def _answer(self, rollout: Rollout) -> str:
         if self.answer_from == "text":

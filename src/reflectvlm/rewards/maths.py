@@ -27,10 +27,10 @@ class Equal(NamedTuple):
     answer: str
 
 
-def settle(questions: Sequence[Equal], timeout: float) -> list[bool | RewardError]:
+def settle(questions: Sequence[Equal], timeout: float, *, first: int = 0) -> list[bool | RewardError]:
     """A decision for each, in their order; a `RewardError` where the process was killed or died.
 
-    Decisions are remembered, failures are not. `timeout` is for one question.
+    Decisions are remembered, failures are not. `timeout` is for one question, `first` as in `WorkerPool.map`.
     """
     new = [question for question in dict.fromkeys(questions) if _known(question) is None]
     found: dict[Equal, bool | RewardError] = {}
@@ -39,7 +39,7 @@ def settle(questions: Sequence[Equal], timeout: float) -> list[bool | RewardErro
         # Three steps may each use up the soft limit; the hard one must come after them.
         soft = max(1, int(timeout / 4))
         calls = [{"gold": one.gold, "answer": one.answer, "seconds": soft} for one in asked]
-        values = math_pool().map(f"{_GRADING}:{name}", calls, timeout)
+        values = math_pool().map(f"{_GRADING}:{name}", calls, timeout, first=first)
         found |= {
             one: value if isinstance(value, RewardError) else bool(value)
             for one, value in zip(asked, values, strict=True)

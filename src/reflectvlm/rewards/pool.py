@@ -32,17 +32,22 @@ class WorkerPool:
             )
         self.workers = tuple(Worker(memory_gib=memory_gib) for _ in range(size or default_size()))
         self._parameters: dict[str, Parameters] = {}
+        self._asking = threading.Lock()
         self._owner = os.getpid()
 
     def call(self, target: str | Code, arguments: Mapping[str, Any], timeout: float) -> Any:
         """As `Worker.call`."""
         return self.map(target, [arguments], timeout)[0]
 
-    def map(self, target: str | Code, calls: Sequence[Mapping[str, Any]], timeout: float) -> list[Any]:
-        """A value or a `RewardError` for each of the calls, in their order; `timeout` is for one call."""
-        lanes = min(len(self.workers), len(calls))
+    def map(
+        self, target: str | Code, calls: Sequence[Mapping[str, Any]], timeout: float, *, first: int = 0
+    ) -> list[Any]:
+        """A value or a `RewardError` for each of the calls, in their order; `timeout` is for one call, and
+        `first` is the number of the first among calls that come one by one."""
+        size = len(self.workers)
+        lanes = min(size, len(calls))
         asked = [
-            partial(self.workers[place % lanes].call, target, arguments, timeout)
+            partial(self.workers[(first + place % lanes) % size].call, target, arguments, timeout)
             for place, arguments in enumerate(calls)
         ]
         return side_by_side(asked, lanes, stop=self.abort)
@@ -50,12 +55,13 @@ class WorkerPool:
     def parameters(self, target: str | Code) -> Parameters | RewardError:
         """As `Worker.parameters`; asked once."""
         key = target if isinstance(target, str) else target.digest
-        if key not in self._parameters:
-            found = self.workers[0].parameters(target)
-            if isinstance(found, RewardError):
-                return found
-            self._parameters[key] = found
-        return self._parameters[key]
+        with self._asking:
+            if key not in self._parameters:
+                found = self.workers[0].parameters(target)
+                if isinstance(found, RewardError):
+                    return found
+                self._parameters[key] = found
+            return self._parameters[key]
 
     @property
     def owned(self) -> bool:

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias
 
 from reflectvlm.advantages import LARGEST
 from reflectvlm.protocols import Reward
-from reflectvlm.rewards.asking import Group, Value, ask_all
+from reflectvlm.rewards.asking import Group, Unit, Value, ask_all
 from reflectvlm.rewards.tally import Failure, Tally, described, failures
 from reflectvlm.types import Rollout, ScoredGroup
 
@@ -91,13 +91,20 @@ class Rubric:
     def __call__(self, group: Sequence[Rollout], /) -> ScoredGroup:
         return self.score([group])[0]
 
-    def score(self, groups: Sequence[Sequence[Rollout]], /) -> list[ScoredGroup]:
+    def score(
+        self,
+        groups: Sequence[Sequence[Rollout]],
+        /,
+        *,
+        known: Callable[[str], Mapping[Unit, Any]] | None = None,
+    ) -> list[ScoredGroup]:
         """Scores all groups of a step at once: rewards that wait for a process or a server do so together.
 
-        The values are those of one group after another, in the same order.
+        The values are those of one group after another, in the same order. `known`: what was asked before,
+        see `early.py`.
         """
         rows = [tuple(group) for group in groups]
-        asked = ask_all(self.rewards, rows)
+        asked = ask_all(self.rewards, rows, known)
         for name, values in asked.items():
             self._note(name, rows, values)
         sums = [self._sums(group, {n: asked[n][at] for n in asked}) for at, group in enumerate(rows)]

@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reflectvlm.rollout.engine import InProcessEngine
+    from reflectvlm.rollout.long_tail import StopGroup
 
 _HOME = {
     "InProcessEngine": "reflectvlm.rollout.engine",
+    "StopGroup": "reflectvlm.rollout.long_tail",
 }
 
 __all__ = [
     "InProcessEngine",
+    "StopGroup",
 ]
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from reflectvlm.models.attention import AttentionWatch
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.rollout.cache import SlotCache
+from reflectvlm.rollout.stepping import Step
 from reflectvlm.spans import flatten
 from reflectvlm.types import AttentionProbe, Prompt, Spans
 
@@ -56,22 +57,27 @@ class Intake:
     width: int
     """W: attention is watched to this many first tokens of each row; 0 if nobody asks."""
     cache: SlotCache
+    step: Step | None = None
+    """How one token of every row goes through the policy; None: like a chunk, by its stock forward."""
 
     def tokens(self, ids: Int[Tensor, " R"], position: Int[Tensor, " R"], stays: Bool[Tensor, " R"]) -> Taken:
         """One token of every row. Where it does not stay it is a draft: the cache is left as it was and
         its attention counts as nothing."""
         watch = self._watch(stays[:, None])
-        mask = self.cache.extend(None, torch.ones_like(ids))
-        hidden = self._forward(
-            ids[:, None],
-            position[None, :, None].expand(3, -1, 1),
-            torch.full_like(ids, -1)[:, None],
-            self.policy.features(()),
-            mask,
-            watch,
-        )
+        if self.step is None:
+            hidden = self._stock_step(ids, position, watch)
+        else:
+            hidden = self.step(ids, position, self.cache, watch)
         self.cache.commit(None, stays.long())
-        return Taken(hidden[:, 0], position + stays.long(), None if watch is None else watch.total)
+        return Taken(hidden, position + stays.long(), None if watch is None else watch.total)
+
+    def _stock_step(
+        self, ids: Int[Tensor, " R"], position: Int[Tensor, " R"], watch: AttentionWatch | None
+    ) -> Float[Tensor, "R D"]:
+        mask = self.cache.extend(None, torch.ones_like(ids))
+        positions = position[None, :, None].expand(3, -1, 1)
+        text = torch.full_like(ids, -1)[:, None]
+        return self._forward(ids[:, None], positions, text, self.policy.features(()), mask, watch)[:, 0]
 
     def chunks(self, where: Int[Tensor, " R"], chunks: Sequence[Chunk]) -> Taken:
         """One chunk for each of the rows `where`."""

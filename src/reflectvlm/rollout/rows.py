@@ -9,6 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+NEVER = 2**62
+"""A count that no row reaches."""
+
 
 @dataclass(kw_only=True)
 class Rows:
@@ -22,6 +25,10 @@ class Rows:
     """Position of the row's next text token."""
     count: Int[Tensor, " R"]
     """Tokens sampled so far."""
+    until: Int[Tensor, " R"]
+    """At this count a row is ended."""
+    pause: Int[Tensor, " R"]
+    """At this count it leaves without having ended."""
     uniform: Float[Tensor, "R M"]
     ids: Int[Tensor, "R M"]
     logprobs: Float[Tensor, "R M"]
@@ -33,8 +40,16 @@ class Rows:
     def __len__(self) -> int:
         return len(self.job)
 
-    def keep(self, rows: Int[Tensor, " R"]) -> Rows:
+    def only(self, rows: Int[Tensor, " N"]) -> Rows:
         return Rows(**{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
+
+    def close(self, holes: Int[Tensor, " N"], movers: Int[Tensor, " N"], left: int) -> None:
+        """Rows `movers` go to `holes`, in place, and what is behind the first `left` is dropped."""
+        for name in (f.name for f in dataclasses.fields(self)):
+            values = getattr(self, name)
+            if len(holes):
+                values[holes] = values[movers]
+            setattr(self, name, values[:left])
 
     def __add__(self, other: Rows) -> Rows:
         names = [f.name for f in dataclasses.fields(self)]

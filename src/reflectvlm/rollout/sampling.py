@@ -41,38 +41,49 @@ def draw(
     `SamplingParams`. Inverse transform sampling: the first id whose cumulated probability exceeds
     the uniform number, so an id of probability 0 is never drawn. Of logits that hold NaN or +inf the
     log-prob is NaN, whatever the id."""
-    logprobs = torch.log_softmax(logits / params.logprob_temperature, dim=-1)
-    if params.temperature == 0:
-        ids = logprobs.argmax(-1)
-    else:
-        kept = keep_likely(logprobs.exp(), params)
-        cumulated = kept.cumsum(-1)
-        target = (uniform * cumulated[:, -1])[:, None]
-        ids = torch.searchsorted(cumulated, target, right=True).squeeze(-1)
-        # Rounding can put the target past every id, and a parallel sum on a GPU need not be flat
-        # where ids of probability 0 stand: then the likeliest id is taken.
-        ids = ids.clamp(max=logits.shape[-1] - 1)
-        possible = kept.gather(-1, ids[:, None]).squeeze(-1) > 0
-        ids = torch.where(possible, ids, kept.argmax(-1))
-    return ids, logprobs.gather(-1, ids[:, None]).squeeze(-1)
+    if (scale := params.logprob_temperature) != 1:
+        logits = logits / scale
+    largest = logits.amax(-1, keepdim=True)
+    power = (logits - largest).exp_()
+    total = power.sum(-1, keepdim=True)
+    greedy = params.temperature == 0
+    ids = logits.argmax(-1) if greedy else _inverse(keep_likely(power, params), uniform)
+    chosen = logits.gather(-1, ids[:, None])
+    return ids, (chosen - largest - total.log()).squeeze(-1)
+
+
+def _inverse(weights: Float[Tensor, "B vocabulary"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
+    """The first id whose cumulated weight exceeds `uniform` times the sum."""
+    cumulated = weights.cumsum(-1)
+    target = uniform[:, None] * cumulated[:, -1:]
+    ids = torch.searchsorted(cumulated, target, right=True)
+    # Rounding can put the target past every id, and a parallel sum on a GPU need not be flat
+    # where ids of weight 0 stand: then the likeliest id is taken.
+    ids = ids.clamp_(max=weights.shape[-1] - 1)
+    possible = weights.gather(-1, ids) > 0
+    if weights.device.type == "cpu" and bool(possible.all()):
+        return ids.squeeze(-1)  # nearly always, and the likeliest is then not looked for
+    return torch.where(possible, ids, weights.argmax(-1, keepdim=True)).squeeze(-1)
 
 
 def keep_likely(
-    probs: Float[Tensor, "B vocabulary"], params: SamplingParams
+    weights: Float[Tensor, "B vocabulary"], params: SamplingParams
 ) -> Float[Tensor, "B vocabulary"]:
-    """Probabilities with those that top-k, top-p or min-p drop at 0, not renormalised.
+    """Probabilities, or multiples of them, with those that top-k, top-p or min-p drop at 0.
 
     Each cut looks at the whole distribution: top-k keeps the k likeliest (ties with the k-th stay),
     top-p the smallest set of likeliest ids whose sum reaches p, min-p those with at least min_p
     times the probability of the likeliest. The likeliest id always stays.
     """
-    keep = torch.ones_like(probs, dtype=torch.bool)
+    if not (params.min_p or params.top_k or params.top_p < 1):
+        return weights
+    keep = torch.ones_like(weights, dtype=torch.bool)
     if params.min_p:
-        keep &= probs >= params.min_p * probs.amax(-1, keepdim=True)
-    if 0 < params.top_k < probs.shape[-1]:
-        keep &= probs >= probs.topk(params.top_k).values[:, -1:]
+        keep &= weights >= params.min_p * weights.amax(-1, keepdim=True)
+    if 0 < params.top_k < weights.shape[-1]:
+        keep &= weights >= weights.topk(params.top_k).values[:, -1:]
     if params.top_p < 1:
-        ordered, index = probs.sort(descending=True, dim=-1)
-        inside = ordered.cumsum(-1) - ordered < params.top_p
+        ordered, index = weights.sort(descending=True, dim=-1)
+        inside = ordered.cumsum(-1) - ordered < params.top_p * weights.sum(-1, keepdim=True)
         keep &= torch.zeros_like(keep).scatter(-1, index, inside)
-    return probs * keep
+    return weights * keep

@@ -43,12 +43,18 @@ class TextWatch:
         found = torch.zeros(len(last), dtype=torch.bool, device=last.device)
         if not self.texts:
             return found
-        for row in self.candidates[last].nonzero().flatten().tolist():
-            n = int(count[row])
-            tail = ids[row, max(0, n - self._window) : n].tolist()
-            now, before = self.decode(tail), self.decode(tail[:-1])
-            found[row] = any(now.count(text) > before.count(text) for text in self.texts)
+        rows = self.candidates[last].nonzero().flatten()
+        if not len(rows):
+            return found
+        places = count[rows, None] + torch.arange(-self._window, 0, device=count.device)
+        tails = torch.where(places < 0, -1, ids[rows[:, None], places.clamp(min=0)])
+        hits = [self._just_completed([i for i in tail if i >= 0]) for tail in tails.tolist()]
+        found[rows] = torch.tensor(hits, dtype=torch.bool, device=last.device)
         return found
+
+    def _just_completed(self, tail: Sequence[int]) -> bool:
+        now, before = self.decode(tail), self.decode(tail[:-1])
+        return any(now.count(text) > before.count(text) for text in self.texts)
 
     @property
     def _window(self) -> int:

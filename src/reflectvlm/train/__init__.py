@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from reflectvlm.train.distill import Distiller
     from reflectvlm.train.evaluate import Evaluation
     from reflectvlm.train.optim import AdamW
+    from reflectvlm.train.pending import PartialRollouts
     from reflectvlm.train.rl import DynamicSampling, RLTrainer
     from reflectvlm.train.run import Output, RunResult
     from reflectvlm.train.sft import SFTTrainer
@@ -19,6 +20,7 @@ _HOME = {
     "DynamicSampling": "reflectvlm.train.rl",
     "Evaluation": "reflectvlm.train.evaluate",
     "Output": "reflectvlm.train.run",
+    "PartialRollouts": "reflectvlm.train.pending",
     "RLTrainer": "reflectvlm.train.rl",
     "RunResult": "reflectvlm.train.run",
     "SFTTrainer": "reflectvlm.train.sft",
@@ -30,6 +32,7 @@ __all__ = [
     "DynamicSampling",
     "Evaluation",
     "Output",
+    "PartialRollouts",
     "RLTrainer",
     "RunResult",
     "SFTTrainer",

@@ -20,6 +20,7 @@ from torch import Tensor
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.protocols import Reattention
 from reflectvlm.rollout.placing import special_id
+from reflectvlm.train.budget import MICRO_TOKENS
 from reflectvlm.train.canary import BlindPolicy, check_sight
 from reflectvlm.train.checks_result import Result, Status
 from reflectvlm.train.checks_subject import Subject
@@ -178,7 +179,7 @@ def _sampled(subject: Subject, sampling: SamplingParams, reattention: Reattentio
 def _gap(subject: Subject, rollouts: Sequence[Rollout], temperature: float) -> _Gap:
     batch = subject.policy.batch([(rollout.prompt, rollout.spans) for rollout in rollouts])
     trained = batch.trained
-    theirs = score_without_grad(subject.policy, batch, len(rollouts), temperature)[trained].double()
+    theirs = score_without_grad(subject.policy, batch, MICRO_TOKENS, temperature)[trained].double()
     own = batch.old_logprobs[trained].double()
     # Minus infinity on one side or both, as for a banned token, is as far apart as can be.
     differences = (theirs - own).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)

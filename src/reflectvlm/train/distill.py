@@ -20,7 +20,8 @@ from reflectvlm.reattention import Implicit, check_reattention
 from reflectvlm.rewards.rubric import Rubric
 from reflectvlm.rollout.engine import InProcessEngine
 from reflectvlm.train.distill_run import COLUMNS, Distilled, run_distillation
-from reflectvlm.train.feed import Feed
+from reflectvlm.train.feed import Feed, without_answer
+from reflectvlm.train.prefetch import check_workers
 from reflectvlm.train.row_rules import RowRules
 from reflectvlm.train.run import Output
 from reflectvlm.train.runtime import Runtime
@@ -63,6 +64,10 @@ class Distiller:
     """What becomes of rows with a longer prompt is in `row_rules`; an image's tokens are never cut."""
     row_rules: RowRules = field(default_factory=RowRules)
     """What becomes of rows that cannot be read or are too long."""
+    workers: int = 0
+    """Processes that read rows ahead; 0 reads them here. Changes no result."""
+    prefetch: int | None = None
+    """With workers: rows read ahead; None for those of one batch."""
     tag: str = "<REFLECTION>"
     """Whose rate is reported."""
     seed: int = 0
@@ -72,6 +77,7 @@ class Distiller:
 
     def __post_init__(self) -> None:
         check_reattention(self.reattention)
+        check_workers(self.workers, self.prefetch)
         if len(self.data) == 0:
             raise ValueError("data has no rows. Check its path and its filters.")
         for name in ("samples_per_row", "rows_per_batch", "max_prompt_tokens"):
@@ -109,19 +115,14 @@ class Distiller:
 
     def run(self) -> Distilled:
         """Asks all rows, or goes on where an earlier run stopped."""
-        return run_distillation(self)
+        with self.feed.reading():
+            return run_distillation(self)
 
     # -- one batch ------------------------------------------------------------------------------
 
     def prompts(self, batch: int) -> list[Prompt]:
         """The prompts of a batch, without the rows that `row_rules` leave out."""
         return [prompt for prompt, _ in self.feed.these(self.places(batch))]
-
-    def _asked(self, sample: Sample) -> Spans:
-        """No answer is given yet, but one that a repair would need is missed before anything is asked."""
-        if self.wrong == "repair":
-            self.gold(sample)
-        return ()
 
     def answers(self, prompts: Sequence[Prompt], batch: int) -> list[ScoredGroup]:
         """Random numbers depend on the seed and the batch alone, so a restart draws the same ones."""
@@ -147,14 +148,7 @@ class Distiller:
         return not any(self._passes(group, i, LAYOUT) for i in range(len(group.rollouts)))
 
     def gold(self, sample: Sample) -> str:
-        text = sample.columns.get(self.target)
-        if isinstance(text, str) and text:
-            return text
-        raise ValueError(
-            f"Row {sample.id!r} has no text in its column {self.target!r}, and wrong='repair' takes the gold "
-            f"answer from there. Name its column with target=…, or give wrong='drop'; this row has "
-            f"{sorted(sample.columns)}."
-        )
+        return _gold(sample, self.target)
 
     def _passes(self, group: ScoredGroup, number: int, reward: str) -> bool:
         return group.parts[reward][number] >= self.accept[reward]  # never true of NaN
@@ -163,6 +157,7 @@ class Distiller:
 
     @functools.cached_property
     def feed(self) -> Feed:
+        instruction = self.instruction
         return Feed(
             data=self.data,
             policy=self.policy,
@@ -170,11 +165,30 @@ class Distiller:
             rules=self.row_rules,
             limit=self.max_prompt_tokens,
             limit_name="max_prompt_tokens",
-            instruction=lambda _: self.instruction,
-            answer=self._asked,
+            instruction=lambda _: instruction,
+            answer=functools.partial(_missed, self.target) if self.wrong == "repair" else without_answer,
+            workers=self.workers,
+            prefetch=self.prefetch or self.rows_per_batch,
         )
 
     @functools.cached_property
     def rollout_engine(self) -> RolloutEngine:
         self.policy.module.to(Runtime().device)
         return self.engine(policy=self.policy)
+
+
+def _missed(column: str, _policy: QwenVL, sample: Sample) -> Spans:
+    """No answer is given yet, but one that a repair would need is missed before anything is asked."""
+    _gold(sample, column)
+    return ()
+
+
+def _gold(sample: Sample, column: str) -> str:
+    text = sample.columns.get(column)
+    if isinstance(text, str) and text:
+        return text
+    raise ValueError(
+        f"Row {sample.id!r} has no text in its column {column!r}, and wrong='repair' takes the gold "
+        f"answer from there. Name its column with target=…, or give wrong='drop'; this row has "
+        f"{sorted(sample.columns)}."
+    )

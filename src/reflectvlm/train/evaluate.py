@@ -99,9 +99,11 @@ def summarize(groups: Sequence[ScoredGroup], tag: str) -> dict[str, float]:
         "back_rate": _mean([tag in rollout.text for rollout in rollouts]),
         "length/mean": float(lengths.mean()),
         "length/max": float(lengths.max()),
-        "truncated": _mean([rollout.stop == "length" for rollout in rollouts]),
+        "truncated": _mean([rollout.truncated for rollout in rollouts]),
         "unscored": 1.0 - _mean(scored),
     }
+    if cut := _mean([rollout.stop == "cut" for rollout in rollouts]):
+        values["cut"] = cut
     for name in groups[0].parts:
         part = [value for group in groups for value in group.parts[name]]
         values[f"reward/{name}"] = _mean([value for value in part if np.isfinite(value)])

@@ -6,33 +6,33 @@ being named in a warning, counted, and held against a largest share.
 
 Which row comes when is `cursor.place_at`: a pure function of (data, seed, position). All that is
 remembered beside the position are the counts, which belong into a checkpoint. A data set smaller than a
-step is no error: its rows come again, each epoch in a new order. Left out: reading ahead in workers.
+step is no error: its rows come again, each epoch in a new order.
+
+With `workers` rows are read ahead in other processes (`prefetch.py`); what needs the policy's weights or
+tells and counts stays here, so that nothing is other than without.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from reflectvlm.data.rows import BadRow
-from reflectvlm.data.shorten import shortened
 from reflectvlm.interrupt import safe_point
-from reflectvlm.models.chat import chat_spans
 from reflectvlm.models.qwen_vl import QwenVL
-from reflectvlm.spans import count_tokens
-from reflectvlm.train.cursor import place_at
-from reflectvlm.train.reading import read_prompt, read_sample
+from reflectvlm.train.prefetch import Prefetch
+from reflectvlm.train.reading import Read, RowReader
 from reflectvlm.train.row_rules import Counts, Item, LongRow, RowRules
 from reflectvlm.types import Instruction, Prompt, Sample, Spans
 
 log = logging.getLogger("reflectvlm")
 
 
-def without_answer(_: Sample) -> Spans:
+def without_answer(_policy: QwenVL, _sample: Sample) -> Spans:
     return ()
 
 
@@ -56,12 +56,16 @@ class Feed:
     limit_name: str
     """What the setting is called."""
     instruction: Callable[[int], Instruction]
-    """That of a position."""
-    answer: Callable[[Sample], Spans] = without_answer
-    """A row's gold answer; raises BadRow if it has none."""
+    """That of a position. It travels to workers, so it must hold no policy."""
+    answer: Callable[[QwenVL, Sample], Spans] = without_answer
+    """A row's gold answer; raises BadRow if it has none. It travels to workers as well."""
     finish: Callable[[Sequence[Item]], Sequence[Item | BadRow]] = as_they_are
     """What is done to several rows together, such as putting blocks into their answers; a BadRow in the
     place of one with which it cannot be done."""
+    workers: int = 0
+    """Processes that read rows ahead; 0 reads them here, when they are taken."""
+    prefetch: int = 16
+    """With workers: how many positions they read ahead."""
     counts: Counts = field(default=Counts(), init=False)
     _named: set[str] = field(default_factory=set, init=False)
     """Rows that a warning was given for; one says enough."""
@@ -82,9 +86,11 @@ class Feed:
         return taken, position
 
     def these(self, positions: Sequence[int]) -> list[Item]:
-        """The rows at these positions, without those that cannot be used."""
+        """The rows at these positions, without those that cannot be used. A single one is read here: what
+        is being read ahead is not given up for it."""
+        ahead = len(positions) > 1
         with self._whole():
-            found = [(p, item) for p in positions if (item := self._at(p)) is not None]
+            found = [(p, item) for p in positions if (item := self._at(p, ahead)) is not None]
             finished = self._finished(found)
             self._advance(max(positions, default=-1) + 1)
         return finished
@@ -96,11 +102,27 @@ class Feed:
             if len(found) == count:
                 break
             try:
-                found.append(self._read(position)[0])
+                found.append(self._usable(self.reader(position))[0])
             except (BadRow, LongRow) as error:
                 if self._rule(error) == "error":
                     raise
         return found
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Within the block there are workers, if any are asked for; they start at once."""
+        if self.workers:
+            _ = self._ahead
+        try:
+            yield
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the workers; the next row that is taken starts others."""
+        if "_ahead" in vars(self):
+            self._ahead.close()
+            del self._ahead
 
     def state(self) -> dict[str, int]:
         return self.counts._asdict()
@@ -125,46 +147,40 @@ class Feed:
             position += 1
         return found, position
 
-    def _at(self, position: int) -> Item | None:
+    def _at(self, position: int, ahead: bool = True) -> Item | None:
         safe_point()
         try:
-            return self._read(position, counted=True)
+            read = self._ahead(position) if self.workers and ahead else self.reader(position)
+            item = self._usable(read)
         except (BadRow, LongRow) as error:
             self._leave_out(error, position)
             return None
+        if read.whole is not None:
+            self._tell_shortened(read.whole, item, position)
+        return item
 
-    def _read(self, position: int, counted: bool = False) -> Item:
-        sample = read_sample(self.data, place_at(len(self.data), position, self.seed))
-        instruction = self.instruction(position)
-        answer = self.answer(sample)
-        prompt = read_prompt(self.policy, sample, instruction)
-        if self._fits(prompt, answer):
-            return prompt, answer
-        if self.rules.on_long != "truncate_text":
-            raise LongRow((prompt, answer), self.limit, self.limit_name)
-        short = self._shortened(prompt, answer, instruction)
-        if counted:
-            self._tell_shortened(prompt, answer, short, position)
-        return short, answer
+    def _usable(self, read: Read) -> Item:
+        """The row, if it is short enough. Raises LongRow."""
+        if read.too_long is not None:
+            raise LongRow(read.item, self.limit, self.limit_name, read.too_long)
+        return read.item
 
-    def _shortened(self, prompt: Prompt, answer: Spans, instruction: Instruction) -> Prompt:
-        def asking(question: str) -> Prompt:
-            sample = dataclasses.replace(prompt.sample, question=question)
-            spans = chat_spans(self.policy.tokenizer, self.policy.vision, sample, instruction)
-            return dataclasses.replace(prompt, sample=sample, spans=spans)
+    @property
+    def reader(self) -> RowReader:
+        return RowReader(
+            data=self.data,
+            policy=self.policy,
+            seed=self.seed,
+            limit=self.limit,
+            limit_name=self.limit_name,
+            shorten=self.rules.on_long == "truncate_text",
+            instruction=self.instruction,
+            answer=self.answer,
+        )
 
-        images = len(prompt.sample.images)
-        text = shortened(prompt.sample.question, images, lambda text: self._fits(asking(text), answer))
-        if text is None:
-            remedy = (
-                f"It stays too long however its text is cut. Raise {self.limit_name} or lower "
-                "policy.max_pixels; row_rules.on_bad=skip leaves it out."
-            )
-            raise LongRow((prompt, answer), self.limit, self.limit_name, remedy)
-        return asking(text)
-
-    def _fits(self, prompt: Prompt, answer: Spans) -> bool:
-        return count_tokens(prompt.spans + answer, prompt.grids) <= self.limit
+    @functools.cached_property
+    def _ahead(self) -> Prefetch[Read]:
+        return Prefetch(self.reader.for_workers(), self.workers, self.prefetch)
 
     def _finished(self, found: Sequence[tuple[int, Item]]) -> list[Item]:
         """The rows after `finish`, without those that it made too long."""
@@ -172,7 +188,7 @@ class Feed:
         for (position, _), item in zip(found, self.finish([item for _, item in found]), strict=True):
             if isinstance(item, BadRow):
                 self._leave_out(item, position)
-            elif self._fits(*item):
+            elif self.reader.fits(*item):
                 kept.append(item)
             else:
                 self._leave_out(self._too_long_now(item), position)
@@ -212,10 +228,10 @@ class Feed:
                 f"last: {error} All are in the warnings above. Repair the data, or raise row_rules.max_bad."
             ) from error
 
-    def _tell_shortened(self, prompt: Prompt, answer: Spans, short: Prompt, position: int) -> None:
-        before, after = (len(one.sample.question) for one in (prompt, short))
-        long = LongRow((prompt, answer), self.limit, self.limit_name)
-        name = prompt.sample.id
+    def _tell_shortened(self, whole: Item, short: Item, position: int) -> None:
+        before, after = (len(prompt.sample.question) for prompt, _ in (whole, short))
+        long = LongRow(whole, self.limit, self.limit_name)
+        name = whole[0].sample.id
         self._warn(
             f"{name} shortened",
             "row %s shortened: its question keeps %d of %d characters, because %s",

@@ -83,7 +83,7 @@ def figures_of(groups: Sequence[ScoredGroup], seconds: float) -> Figures:
         layout=_part(groups, "format"),
         length=float(np.mean([len(rollout.sampled_ids) for rollout in rollouts])),
         inserted=float(np.mean(inserted)),
-        truncated=float(np.mean([rollout.stop == "length" for rollout in rollouts])),
+        truncated=float(np.mean([rollout.truncated for rollout in rollouts])),
         seconds=seconds,
     )
 

@@ -51,6 +51,7 @@ class AdamW:
             betas=self.betas,
             eps=self.eps,
             weight_decay=self.weight_decay,
+            fused=True,  # one sweep over memory instead of a dozen
         )
 
     def rate(self, step: int, total: int) -> float:

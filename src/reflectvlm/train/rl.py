@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,12 +24,16 @@ from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.objectives import ClippedSurrogate
 from reflectvlm.protocols import Advantage, Objective, Reattention, RolloutEngine
 from reflectvlm.reattention import Implicit, check_reattention
+from reflectvlm.rewards.early import Early
 from reflectvlm.rewards.rubric import Rubric
 from reflectvlm.rollout.engine import InProcessEngine
+from reflectvlm.train.budget import MICRO_TOKENS
 from reflectvlm.train.evaluate import DEFAULT_TAG, Evaluation, summarize
 from reflectvlm.train.feed import Feed
 from reflectvlm.train.loop import run_training
 from reflectvlm.train.optim import AdamW
+from reflectvlm.train.pending import PartialRollouts, Pending, partial_metrics
+from reflectvlm.train.prefetch import check_workers
 from reflectvlm.train.row_rules import RowRules
 from reflectvlm.train.run import Metrics, Output, RunResult, StepResult
 from reflectvlm.train.runtime import Runtime
@@ -95,6 +99,10 @@ class RLTrainer:
     """What becomes of rows with a longer prompt is in `row_rules`; an image's tokens are never cut."""
     row_rules: RowRules = field(default_factory=RowRules)
     """What becomes of rows that cannot be read or are too long."""
+    workers: int = 0
+    """Processes that read rows ahead; 0 reads them here. Changes no result."""
+    prefetch: int | None = None
+    """With workers: rows read ahead; None for those of one step."""
     advantage: Advantage = field(default_factory=GroupMean)
     objective: Objective = field(default_factory=ClippedSurrogate)
     updates_per_step: int = 1
@@ -106,6 +114,11 @@ class RLTrainer:
     but their tokens count in the mean and carry the KL term. False: they are left out, which saves
     their passes."""
     dynamic_sampling: DynamicSampling | None = None
+    partial: PartialRollouts | None = None
+    """Lets a rollout that takes too long go on in the next step; None: a step waits for all."""
+    overlap_rewards: bool = True
+    """Asks rewards that wait for processes or servers about each group as soon as it is complete. False:
+    when all are. Changes no result."""
     drop_truncated: bool = False
     """DAPO's overlong filtering: rollouts cut by the token budget teach nothing."""
     reference_sync: ReferenceSync | None = None
@@ -115,7 +128,8 @@ class RLTrainer:
     """What a loss or gradient that is no number does: stop the run, or leave out the batch."""
     max_nonfinite: int = 10
     """With skip: batches that a run may leave out."""
-    micro_rows: int = 16
+    micro_tokens: int = MICRO_TOKENS
+    """Most tokens of one pass of an update (`budget.py`); bounds memory and changes no result."""
     evaluation: Evaluation | None = None
     """Validation rows, for the curve."""
     test: Evaluation | None = None
@@ -144,13 +158,14 @@ class RLTrainer:
 
     def __post_init__(self) -> None:
         check_reattention(self.reattention)
+        check_workers(self.workers, self.prefetch)
         for name in (
             "steps",
             "group_size",
             "prompts_per_step",
             "updates_per_step",
             "epochs_per_step",
-            "micro_rows",
+            "micro_tokens",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}. It must be at least 1.")
@@ -167,6 +182,11 @@ class RLTrainer:
                 "reference_sync is set, but the objective has no KL term, so there is no reference. Give "
                 "objective.kl, or leave reference_sync out."
             )
+        if self.partial is not None and self.dynamic_sampling is not None:
+            raise ValueError(
+                "partial and dynamic_sampling are both set. A step that leaves rollouts unfinished does not "
+                "know yet which groups carry a signal: use one of them."
+            )
         if self.prompts_per_step % self.updates_per_step:
             raise ValueError(
                 f"updates_per_step={self.updates_per_step} does not divide prompts_per_step="
@@ -178,6 +198,7 @@ class RLTrainer:
     def step(self, step: int) -> StepResult:
         """One step of the loop; `step` counts from 0."""
         started = time.perf_counter()
+        version = self.updates
         scored = self.sample_groups(step)
         self._check_scored(scored)
         sampled = time.perf_counter()
@@ -189,6 +210,8 @@ class RLTrainer:
         trained = [group for group in scored if any(group.scored)] if self.keep_equal_groups else useful
         if trained:
             metrics |= self.update(trained, step)
+        if self.pending is not None:
+            metrics |= partial_metrics(scored, version, len(self.pending.waiting))
         self._sync_reference(step)
         ended = time.perf_counter()
         tokens = sum(len(r.sampled_ids) for group in scored for r in group.rollouts)
@@ -217,7 +240,7 @@ class RLTrainer:
         if any(any(group.scored) for group in groups):
             self.unscored_steps = self._idle_steps = 0
             return
-        cut = self.drop_truncated and all(r.stop == "length" for group in groups for r in group.rollouts)
+        cut = self.drop_truncated and all(r.truncated for group in groups for r in group.rollouts)
         self.unscored_steps += failed or cut
         self._idle_steps += not (failed or cut)
         if self.unscored_steps >= min(PATIENCE, self.steps):
@@ -238,6 +261,8 @@ class RLTrainer:
 
     def sample_groups(self, step: int) -> list[ScoredGroup]:
         """Prompts -> scored groups; with dynamic sampling until enough of them carry a signal."""
+        if self.pending is not None:
+            return self._continued(self.pending, step)
         rounds = self.dynamic_sampling.max_rounds if self.dynamic_sampling else 1
         kept: list[ScoredGroup] = []
         self.row_ids = ()
@@ -245,8 +270,8 @@ class RLTrainer:
             prompts = self.next_prompts(self.prompts_per_step)
             self.row_ids += tuple(prompt.sample.id for prompt in prompts)
             seed = _mixed(self.seed, step, number)
-            groups = self.rollouts(prompts, seed)
-            scored = self.rubric.score(groups)
+            with Early(self.rubric, on=self.overlap_rewards) as early:
+                scored = early.score(self.rollouts(prompts, seed, early.take))
             if self.drop_truncated:
                 scored = [group.without_truncated() for group in scored]
             kept += scored
@@ -256,11 +281,48 @@ class RLTrainer:
         # Groups with a signal first: if they are too few, the rest fills up and counts in the metrics.
         return sorted(kept, key=lambda group: not group.has_signal)[: self.prompts_per_step]
 
-    def rollouts(self, prompts: Sequence[Prompt], seed: int) -> list[tuple[Rollout, ...]]:
-        groups = self.rollout_engine.generate(
-            prompts, self.group_size, self.sampling, self.reattention, seed=seed
-        )
-        return [tuple(dataclasses.replace(r, policy_version=self.updates) for r in group) for group in groups]
+    def _continued(self, pending: Pending, step: int) -> list[ScoredGroup]:
+        """The groups that are complete after this step's tokens, the oldest first; the others wait."""
+        pending.read(self.feed)
+        prompts = [self._next_place() for _ in range(self.prompts_per_step)]
+        pending.begin(prompts, self.group_size, _mixed(self.seed, step, 0))
+        self.row_ids = tuple(one.group.prompt.sample.id for one in pending.waiting)
+        done: dict[int, tuple[Rollout, ...]] = {}
+        with Early(self.rubric, on=self.overlap_rewards) as early:
+            for number, group in pending.go_on(
+                self.rollout_engine, self.sampling, self.reattention, self.updates
+            ):
+                done[number] = group
+                early.take(number, group)
+            scored = early.score([done[number] for number in sorted(done)], sorted(done))
+        return [group.without_truncated() for group in scored] if self.drop_truncated else scored
+
+    def _next_place(self) -> tuple[int, Prompt]:
+        """The next row's position in the data, and its prompt."""
+        (prompt,) = self.next_prompts(1)
+        return self.position - 1, prompt
+
+    def rollouts(
+        self,
+        prompts: Sequence[Prompt],
+        seed: int,
+        take: Callable[[int, tuple[Rollout, ...]], None] | None = None,
+    ) -> list[tuple[Rollout, ...]]:
+        """A group for each prompt. `take` gets each as soon as it is complete, if the engine can tell."""
+        asked = (prompts, self.group_size, self.sampling, self.reattention)
+        groups: Callable[..., Iterator[tuple[int, tuple[Rollout, ...]]]] | None
+        groups = getattr(self.rollout_engine, "groups", None)
+        if groups is None:
+            return [self._stamped(group) for group in self.rollout_engine.generate(*asked, seed=seed)]
+        done: dict[int, tuple[Rollout, ...]] = {}
+        for number, group in groups(*asked, seed=seed):
+            done[number] = self._stamped(group)
+            if take is not None:
+                take(number, done[number])
+        return [done[number] for number in range(len(prompts))]
+
+    def _stamped(self, group: Sequence[Rollout]) -> tuple[Rollout, ...]:
+        return tuple(dataclasses.replace(one, policy_version=self.updates) for one in group)
 
     def next_prompts(self, count: int) -> list[Prompt]:
         """The next rows as prompts, without those that `row_rules` leave out."""
@@ -285,7 +347,7 @@ class RLTrainer:
             return batch
         temperature = self.sampling.logprob_temperature
         return dataclasses.replace(
-            batch, ref_logprobs=score_without_grad(self.reference, batch, self.micro_rows, temperature)
+            batch, ref_logprobs=score_without_grad(self.reference, batch, self.micro_tokens, temperature)
         )
 
     def update(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
@@ -304,6 +366,7 @@ class RLTrainer:
 
     @functools.cached_property
     def feed(self) -> Feed:
+        instruction = self.instruction
         return Feed(
             data=self.data,
             policy=self.policy,
@@ -311,8 +374,15 @@ class RLTrainer:
             rules=self.row_rules,
             limit=self.max_prompt_tokens,
             limit_name="max_prompt_tokens",
-            instruction=lambda _: self.instruction,
+            instruction=lambda _: instruction,
+            workers=self.workers,
+            prefetch=self.prefetch or self.prompts_per_step,
         )
+
+    @functools.cached_property
+    def pending(self) -> Pending | None:
+        """The rollouts that go on in the next step."""
+        return None if self.partial is None else Pending(settings=self.partial, policy=self.policy)
 
     @functools.cached_property
     def runtime(self) -> Runtime:
@@ -342,7 +412,7 @@ class RLTrainer:
             objective=self.objective,
             optimizer=self.optimizer.build(self.policy.module.parameters()),
             runtime=self.runtime,
-            micro_rows=self.micro_rows,
+            micro_tokens=self.micro_tokens,
             max_grad_norm=self.optimizer.max_grad_norm,
             temperature=self.sampling.logprob_temperature,
             on_nonfinite=self.on_nonfinite,
@@ -369,6 +439,7 @@ class RLTrainer:
             "unscored_steps": self.unscored_steps,
             "rows": self.feed.state(),
             "rubric": self.rubric.state(),
+            "pending": [] if self.pending is None else self.pending.state(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -376,6 +447,10 @@ class RLTrainer:
         self.unscored_steps = state["unscored_steps"]
         self.feed.load_state(state["rows"])
         self.rubric.load_state(state["rubric"])
+        if self.pending is not None:
+            self.pending.load_state(state.get("pending", []))
+        elif state.get("pending"):
+            log.warning("%d groups that are begun are dropped: partial is not set", len(state["pending"]))
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """A reference that stays is made anew from the start; one that moves must be kept."""
@@ -389,7 +464,8 @@ class RLTrainer:
 
     def run(self) -> RunResult:
         """The whole run: canary, steps, evaluations, checkpoints, the table at the end."""
-        return run_training(self)
+        with self.feed.reading():
+            return run_training(self)
 
 
 def _mixed(*numbers: int) -> int:

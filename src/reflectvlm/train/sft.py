@@ -20,10 +20,12 @@ from reflectvlm.reattention import Implicit, check_reattention
 from reflectvlm.rewards.rubric import Rubric
 from reflectvlm.rollout.engine import InProcessEngine
 from reflectvlm.rollout.placing import answer_spans, place_insertions, place_recorded
+from reflectvlm.train.budget import MICRO_TOKENS
 from reflectvlm.train.evaluate import Evaluation
 from reflectvlm.train.feed import Feed
 from reflectvlm.train.loop import run_training
 from reflectvlm.train.optim import AdamW
+from reflectvlm.train.prefetch import check_workers
 from reflectvlm.train.row_rules import Item, RowRules
 from reflectvlm.train.run import Metrics, Output, RunResult, StepResult
 from reflectvlm.train.runtime import Runtime
@@ -59,13 +61,18 @@ class SFTTrainer:
     """Of prompt and gold answer, with its blocks. What becomes of longer rows is in `row_rules`."""
     row_rules: RowRules = field(default_factory=lambda: RowRules(on_bad="error", on_long="error"))
     """What becomes of rows that cannot be read, have no gold answer or are too long."""
+    workers: int = 0
+    """Processes that read rows ahead; 0 reads them here. Changes no result."""
+    prefetch: int | None = None
+    """With workers: rows read ahead; None for those of one step."""
     objective: Objective = field(default_factory=CrossEntropy)
     optimizer: AdamW = field(default_factory=lambda: AdamW(lr=1e-5))
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a loss or gradient that is no number does: stop the run, or leave out the batch."""
     max_nonfinite: int = 10
     """With skip: batches that a run may leave out."""
-    micro_rows: int = 16
+    micro_tokens: int = MICRO_TOKENS
+    """Most tokens of one pass of an update (`budget.py`); bounds memory and changes no result."""
     evaluation: Evaluation | None = None
     test: Evaluation | None = None
     seed: int = 0
@@ -80,7 +87,8 @@ class SFTTrainer:
 
     def __post_init__(self) -> None:
         check_reattention(self.reattention)
-        for name in ("steps", "rows_per_step", "micro_rows"):
+        check_workers(self.workers, self.prefetch)
+        for name in ("steps", "rows_per_step", "micro_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}. It must be at least 1.")
         if self.max_nonfinite < 0:
@@ -116,22 +124,6 @@ class SFTTrainer:
         """Rows -> prompts and gold answers, with the blocks that re-attention puts into them."""
         return self.feed.these(positions)
 
-    def _gold(self, sample: Sample) -> Spans:
-        if not isinstance(text := sample.columns.get(self.target), str) or not text:
-            raise BadRow(
-                sample.id,
-                self.target,
-                "missing gold answer",
-                f"SFT trains on one per row; name its column with target=…; this row has "
-                f"{sorted(sample.columns)}.",
-                f"Row {sample.id!r} has no text in its column {self.target!r}.",
-            )
-        try:
-            return self.policy.answer(text)
-        except (ValueError, TypeError) as error:  # the tokenizer's, for half of a surrogate pair
-            detail = f"Row {sample.id!r}, column {self.target!r}: {error}"
-            raise BadRow(sample.id, self.target, "unusable gold answer", "", detail) from error
-
     def _with_blocks(self, items: Sequence[Item]) -> Sequence[Item | BadRow]:
         if self.reattention.trigger is None or not items:
             return items
@@ -139,7 +131,9 @@ class SFTTrainer:
         self.policy.module.eval()
         if self.choices:
             return [self._as_recorded(*answer, self.choices) for answer in answers]
-        placed = place_insertions(self.policy, answers, self.reattention, rows=self.micro_rows)
+        longest = max(self.policy.prompt_length(prompt) + len(ids) for prompt, ids in answers)
+        rows = max(1, self.micro_tokens // longest)
+        placed = place_insertions(self.policy, answers, self.reattention, rows=rows)
         return [
             (prompt, answer_spans(ids, (), one)) for (prompt, ids), one in zip(answers, placed, strict=True)
         ]
@@ -169,8 +163,10 @@ class SFTTrainer:
             limit=self.max_tokens,
             limit_name="max_tokens",
             instruction=lambda position: instructions[position % len(instructions)],
-            answer=self._gold,
+            answer=GoldAnswer(self.target),
             finish=self._with_blocks,
+            workers=self.workers,
+            prefetch=self.prefetch or self.rows_per_step,
         )
 
     @functools.cached_property
@@ -189,7 +185,7 @@ class SFTTrainer:
             objective=self.objective,
             optimizer=self.optimizer.build(self.policy.module.parameters()),
             runtime=self.runtime,
-            micro_rows=self.micro_rows,
+            micro_tokens=self.micro_tokens,
             max_grad_norm=self.optimizer.max_grad_norm,
             on_nonfinite=self.on_nonfinite,
         )
@@ -230,7 +226,31 @@ class SFTTrainer:
         """Nothing to put back."""
 
     def run(self) -> RunResult:
-        return run_training(self)
+        with self.feed.reading():
+            return run_training(self)
+
+
+@dataclass(frozen=True)
+class GoldAnswer:
+    """A row's gold answer as spans. Raises BadRow if it has none."""
+
+    column: str
+
+    def __call__(self, policy: QwenVL, sample: Sample) -> Spans:
+        if not isinstance(text := sample.columns.get(self.column), str) or not text:
+            raise BadRow(
+                sample.id,
+                self.column,
+                "missing gold answer",
+                f"SFT trains on one per row; name its column with target=…; this row has "
+                f"{sorted(sample.columns)}.",
+                f"Row {sample.id!r} has no text in its column {self.column!r}.",
+            )
+        try:
+            return policy.answer(text)
+        except (ValueError, TypeError) as error:  # the tokenizer's, for half of a surrogate pair
+            detail = f"Row {sample.id!r}, column {self.column!r}: {error}"
+            raise BadRow(sample.id, self.column, "unusable gold answer", "", detail) from error
 
 
 def _ids(answer: Spans) -> tuple[int, ...]:

@@ -19,9 +19,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TextIO, cast
 
 from reflectvlm.protocols import Tracker
+from reflectvlm.train.tracker_thread import Lane
 from reflectvlm.types import ScoredGroup
 
 if TYPE_CHECKING:
@@ -31,18 +32,28 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FILES = ("metrics.jsonl", "samples.jsonl")
+_LAST_CALLS = 120.0
+"""Seconds that a tracker in the background has for what it still owes when a run ends."""
 
 
 @dataclass
 class Trackers:
     """Several trackers as one. What one of them raises is reported, with its name; one that fails
-    `patience` times in a row is dropped. No dashboard ever stops a run, and none is lost to a hiccup."""
+    `patience` times in a row is dropped. No dashboard ever stops a run, and none is lost to a hiccup.
+
+    A tracker with an attribute `may_stall` that is true is called in a thread of its own, in order, and no
+    step waits for it; what it cannot keep up with is left out, told and counted.
+    """
 
     trackers: tuple[Tracker, ...]
     patience: int = 5
     _live: list[Tracker] = field(init=False, repr=False)
     _failures: dict[int, int] = field(default_factory=dict, init=False, repr=False)
     """By the tracker's place: failures since it last worked."""
+    _lanes: dict[int, Lane] = field(default_factory=dict, init=False, repr=False)
+    """By its place: the thread of a tracker that may stall."""
+    _lost: dict[int, int] = field(default_factory=dict, init=False, repr=False)
+    """By its place: calls that it could not keep up with."""
 
     def __post_init__(self) -> None:
         self._live = list(self.trackers)
@@ -51,6 +62,7 @@ class Trackers:
         self._each(lambda tracker: tracker.start(card))
 
     def metrics(self, step: int, values: Mapping[str, float | int]) -> None:
+        values = dict(values)  # a thread may read them later
         self._each(lambda tracker: tracker.metrics(step, values))
 
     def rollouts(self, step: int, groups: Sequence[ScoredGroup]) -> None:
@@ -64,14 +76,47 @@ class Trackers:
                 self._one(tracker, partial(_rewind, rewind, step))
 
     def close(self) -> None:
-        self._each(lambda tracker: tracker.close())
+        """Also waits, two minutes at most, for what trackers in the background still have to do."""
+        for tracker in self.trackers:
+            lane = self._lanes.pop(self._place(tracker), None)
+            last = partial(self._unless_dropped, tracker, lambda tracker: tracker.close())
+            if lane is None:
+                last()
+            elif not lane.close(last, _LAST_CALLS):
+                logger.warning(
+                    "Tracker %s had not finished %d seconds after the run, and is left alone.",
+                    type(tracker).__name__, _LAST_CALLS,
+                )  # fmt: skip
+            if lost := self._lost.pop(self._place(tracker), 0):
+                logger.warning("Tracker %s lacks %d calls of this run.", type(tracker).__name__, lost)
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
         for tracker in list(self._live):
             self._one(tracker, call)
 
     def _one(self, tracker: Tracker, call: Callable[[Tracker], None]) -> None:
-        place = next(i for i, one in enumerate(self.trackers) if one is tracker)
+        if not getattr(tracker, "may_stall", False):
+            self._now(tracker, call)
+            return
+        place, name = self._place(tracker), type(tracker).__name__
+        if place not in self._lanes:
+            self._lanes[place] = Lane(name)
+        if not self._lanes[place].put(partial(self._unless_dropped, tracker, call)):
+            self._lost[place] = self._lost.get(place, 0) + 1
+            if self._lost[place] == 1:
+                logger.warning(
+                    "Tracker %s is slower than the run; what it cannot keep up with is left out.", name
+                )
+
+    def _unless_dropped(self, tracker: Tracker, call: Callable[[Tracker], None]) -> None:
+        if any(one is tracker for one in self._live):
+            self._now(tracker, call)
+
+    def _place(self, tracker: Tracker) -> int:
+        return next(i for i, one in enumerate(self.trackers) if one is tracker)
+
+    def _now(self, tracker: Tracker, call: Callable[[Tracker], None]) -> None:
+        place = self._place(tracker)
         try:
             call(tracker)
         except Exception as error:  # noqa: BLE001  boundary: what a tracker does is not the training's affair
@@ -211,6 +256,7 @@ class Wandb:
     A resumed run continues the curve of the same `id`; steps that were already logged stay.
     """
 
+    may_stall: ClassVar[bool] = True
     project: str = "reflectvlm"
     mode: str = "online"
     """`"online"`, `"offline"` or `"disabled"`."""

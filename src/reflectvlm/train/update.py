@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from reflectvlm.batch import Batch, LossInputs, LossOutputs
 from reflectvlm.interrupt import committed, safe_point
 from reflectvlm.protocols import Objective, Policy
+from reflectvlm.train.budget import MICRO_TOKENS, image_parts, passes
 from reflectvlm.train.precision import check_trainable_dtype
 from reflectvlm.train.runtime import Runtime
 from reflectvlm.types import Patches
@@ -42,17 +43,18 @@ class Updater:
     objective: Objective
     optimizer: torch.optim.Optimizer
     runtime: Runtime
-    micro_rows: int
-    """Rows, or images of the vision tower, of one pass; bounds memory and changes no result."""
     max_grad_norm: float
+    micro_tokens: int = MICRO_TOKENS
+    """Most tokens of one pass, padding included, and most visual tokens of one pass of the vision tower
+    (`budget.py`); bounds memory and changes no result."""
     temperature: float = 1.0
     on_nonfinite: Literal["stop", "skip"] = "stop"
     skipped: list[NonFinite] = field(default_factory=list, init=False)
     """Batches left out, until somebody takes them."""
 
     def __post_init__(self) -> None:
-        if self.micro_rows < 1:
-            raise ValueError(f"micro_rows is {self.micro_rows}. It must be at least 1.")
+        if self.micro_tokens < 1:
+            raise ValueError(f"micro_tokens is {self.micro_tokens}. It must be at least 1.")
         if self.on_nonfinite not in ("stop", "skip"):
             raise ValueError(f"on_nonfinite is {self.on_nonfinite!r}. It must be 'stop' or 'skip'.")
         check_trainable_dtype(self.policy.module, getattr(self.policy, "compute", None))
@@ -88,7 +90,7 @@ class Updater:
     def _accumulate(self, batch: Batch) -> list[LossOutputs]:
         """Backward through all micro-batches. Features are computed once per image; as a leaf they
         collect the gradient of every micro-batch, which is sent back into the tower at the end."""
-        parts = image_parts(batch, self.micro_rows)
+        parts = image_parts(batch.images, self.micro_tokens)
         first = self.policy.features(parts[0])
         if len(parts) == 1:
             features = first
@@ -98,7 +100,7 @@ class Updater:
                 features = torch.cat([first.detach(), *(self.policy.features(part) for part in parts[1:])])
         leaf = features.detach().requires_grad_(first.requires_grad)
         outputs = []
-        for piece in batch.split(self.micro_rows):
+        for piece in batch.split(_passes(self.policy, batch, self.micro_tokens)):
             safe_point()
             scores = self.policy.score(piece, leaf, self.temperature)
             outputs.append(self.objective(loss_inputs(piece, scores.logprobs, scores.entropy)))
@@ -115,12 +117,6 @@ def first_broken_weight(module: nn.Module) -> str | None:
         if tensor.is_floating_point() and not bool(tensor.detach().isfinite().all()):
             return name
     return None
-
-
-def image_parts(batch: Batch, size: int) -> list[tuple[Patches, ...]]:
-    """The batch's distinct images, at most `size` to a part; one empty part if there are none."""
-    images = batch.images
-    return [images[start : start + size] for start in range(0, max(len(images), 1), size)]
 
 
 def _by_part(grad: Tensor, parts: Sequence[tuple[Patches, ...]]) -> tuple[Tensor, ...]:
@@ -140,18 +136,22 @@ def loss_inputs(batch: Batch, logprobs: Tensor, entropy: Tensor) -> LossInputs:
     )
 
 
-def score_without_grad(policy: Policy, batch: Batch, micro_rows: int, temperature: float) -> Tensor:
-    """Log-probs [B, T] of the batch's trained tokens, in micro-batches."""
+def score_without_grad(policy: Policy, batch: Batch, micro_tokens: int, temperature: float) -> Tensor:
+    """Log-probs [B, T] of the batch's trained tokens, in passes of at most `micro_tokens` tokens."""
     with torch.no_grad():
-        features = torch.cat([policy.features(part) for part in image_parts(batch, micro_rows)])
+        features = torch.cat([policy.features(part) for part in image_parts(batch.images, micro_tokens)])
         result = torch.zeros(batch.ids.shape, device=batch.ids.device)
-        for start in range(0, len(batch), micro_rows):
-            rows = slice(start, start + micro_rows)
-            piece = batch.rows(start, min(start + micro_rows, len(batch)))
-            scores = policy.score(piece, features, temperature).logprobs
-            # A piece may be narrower than the batch: its rows' trained tokens come in the same order.
-            result[rows][batch.trained[rows]] = scores[piece.trained].to(result.dtype)
+        for which in _passes(policy, batch, micro_tokens):
+            piece = batch.rows(which)
+            scores = policy.score(piece, features, temperature).logprobs.to(result.dtype)
+            columns = batch.layout.rows(which.numpy()).columns
+            result[which.to(result.device), columns] = torch.where(piece.trained, scores, 0.0)
         return result
+
+
+def _passes(policy: Policy, batch: Batch, micro_tokens: int) -> list[Tensor]:
+    """A policy that does not say whether it runs shared prompts once is taken to run whole rows."""
+    return passes(batch.layout, micro_tokens, share_prefix=getattr(policy, "share_prefix", False))
 
 
 def _added(outputs: Sequence[LossOutputs]) -> dict[str, Tensor]:
@@ -161,4 +161,4 @@ def _added(outputs: Sequence[LossOutputs]) -> dict[str, Tensor]:
 
 
 def _largest(outputs: Sequence[LossOutputs]) -> dict[str, float]:
-    return {name: max(float(output.peaks[name]) for output in outputs) for name in outputs[0].peaks}
+    return {name: float(torch.stack([o.peaks[name] for o in outputs]).max()) for name in outputs[0].peaks}

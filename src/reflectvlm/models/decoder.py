@@ -1,0 +1,285 @@
+"""One new token of every row through the language model, without the model library's machinery.
+
+The stock forward of one token is mostly Python: masks, cache objects, keyword arguments, three products
+where one would do. Here is the same arithmetic on the same weights, written out for the decode step:
+
+    n = norm(x);  q, k, v = n W_qkv;  x += attention(rotated q, cache + rotated k, cache + v) W_o
+    n = norm(x);  x += (silu(n W_gate) * n W_up) W_down
+
+It serves Qwen2-VL and Qwen2.5-VL, whose text layers are alike. A new token's position is the same on
+all three axes, so M-RoPE is plain RoPE here. The stock forward stays the reference
+(`InProcessEngine(lean=False)`), and everything longer than one token goes through it.
+
+Left out: sliding-window attention, and hooks on whole layers. Products whose modules are not plain
+linear layers (LoRA) are called as modules.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reflectvlm.models.attention import AttentionWatch, attention_weights
+from reflectvlm.models.products import fast_linear
+
+if TYPE_CHECKING:
+    from reflectvlm.models.qwen_vl import QwenVL
+    from reflectvlm.rollout.cache import Siblings, SlotCache
+
+SHARED_FROM = 16
+"""Common columns from which on reading them once pays."""
+Product: TypeAlias = Callable[[Tensor], Tensor]
+"""x -> x W^T + b, in the dtype of the products."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Layer:
+    """One layer's parts, gathered from the stock module."""
+
+    attend: Callable[[Tensor], Tensor]
+    qkv: Product
+    out: Product
+    reflect: Callable[[Tensor], Tensor]
+    gate_up: Product
+    down: Product
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Decoder:
+    """`decoder(ids, positions, cache, mask)` gives what the stock forward of these tokens gives."""
+
+    embedding: nn.Module
+    rotary: nn.Module
+    layers: tuple[Layer, ...]
+    norm: Callable[[Tensor], Tensor]
+    heads: int
+    kv_heads: int
+    size: int
+    """Of a head."""
+    dtype: torch.dtype
+    """Of the products."""
+    copies: tuple[Copy, ...]
+    """Weights that are not the policy's own tensors."""
+
+    @classmethod
+    def of(cls, policy: QwenVL) -> Decoder:
+        """The policy's language model with its weights of now; `refresh` after they have changed.
+
+        Weights are shared with the policy, unless products have another dtype (`compute`) or run on a CPU:
+        then they are copied, cast once instead of at every token, and joined.
+        """
+        model = policy.model.model.language_model
+        config = model.config
+        dtype = getattr(torch, policy.compute) if policy.compute else policy.model.dtype
+        weights = _Weights(dtype=dtype, joined=policy.device.type == "cpu" or dtype != policy.model.dtype)
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        layers = tuple(_layer(layer, weights) for layer in model.layers)
+        return cls(
+            embedding=model.embed_tokens,
+            rotary=model.rotary_emb,
+            layers=layers,
+            norm=_norm(model.norm),
+            heads=heads,
+            kv_heads=kv_heads,
+            size=config.hidden_size // heads,
+            dtype=dtype,
+            copies=tuple(weights.copies),
+        )
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Takes over the policy's weights into the tensors that are there."""
+        for copy in self.copies:
+            copy.take()
+
+    @staticmethod
+    def fits(policy: QwenVL) -> bool:
+        """False for what is left out here: the stock forward then decodes."""
+        model = policy.model.model.language_model
+        kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+        known = all(hasattr(layer.mlp, "gate_proj") for layer in model.layers)
+        return known and kinds == {"full_attention"} and model.config.hidden_act == "silu"
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        ids: Int[Tensor, " R"],
+        positions: Int[Tensor, " R"],
+        cache: SlotCache,
+        mask: Bool[Tensor, "R 1 1 S"],
+        watch: AttentionWatch | None = None,
+        siblings: Siblings | None = None,
+    ) -> Float[Tensor, "R D"]:
+        """Last hidden states of one token a row, whose keys and values the cache takes in. `siblings` tells
+        which rows have their first columns in common, so that those are read once for all of them."""
+        x = cast(Tensor, self.embedding(ids))
+        cos, sin = self._rotation(x, positions)
+        bias = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, float("-inf"))
+        attended = self._attention(bias, siblings)
+        if watch is not None:
+            watch.begin(len(self.layers))
+        for number, layer in enumerate(self.layers):
+            query, key, value = self._heads(layer.qkv(layer.attend(x).to(self.dtype)), cos, sin)
+            keys, values = cache.append(key, value, number)
+            if watch is not None and watch.counts(number):
+                seen = self._watched(query, keys, values, bias, watch)
+            else:
+                seen = attended(query, keys, values)
+            x = x + layer.out(seen)
+            gate, up = layer.gate_up(layer.reflect(x).to(self.dtype)).chunk(2, -1)
+            x = x + layer.down(F.silu(gate).mul_(up))
+        return self.norm(x)
+
+    def _rotation(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines [R, 1, size]: rotated = v cos + (halves of v exchanged) sin."""
+        cos, sin = self.rotary(x[:, None], positions[None, :, None].expand(3, -1, 1))
+        half = self.size // 2
+        return cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)
+
+    def _heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [R, H, d] and keys, and values, [R, K, d]."""
+        parts = qkv.view(len(qkv), -1, self.size)
+        turning = parts[:, : self.heads + self.kv_heads]
+        turned = turning * cos + turning.roll(self.size // 2, -1) * sin
+        query, key = turned.to(self.dtype).split([self.heads, self.kv_heads], 1)
+        return query, key, parts[:, self.heads + self.kv_heads :]
+
+    def _attention(
+        self, bias: Tensor, siblings: Siblings | None
+    ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """(queries [R, H, d], keys, values [R, K, S, d]) -> what they attend to, [R, H d]."""
+        exact = self.dtype in (torch.float32, torch.float64)
+        if siblings is None or siblings.cut < SHARED_FROM or not exact:
+            return functools.partial(grouped_attention, bias=bias)
+        own = bias[:, 0, :, siblings.cut :].repeat_interleave(self.kv_heads, 0)
+        return functools.partial(shared_attention, own=own, siblings=siblings)
+
+    def _watched(
+        self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, watch: AttentionWatch
+    ) -> Tensor:
+        rows = len(query)
+        weights = attention_weights(query[:, :, None], keys, bias, self.size**-0.5)
+        watch.add(slice(None), weights[:, :, 0, : watch.width])
+        grouped = weights.view(rows, self.kv_heads, -1, keys.shape[2]).to(values.dtype)
+        return (grouped @ values).reshape(rows, -1)
+
+
+def grouped_attention(
+    query: Float[Tensor, "R H d"],
+    keys: Float[Tensor, "R K S d"],
+    values: Float[Tensor, "R K S d"],
+    bias: Float[Tensor, "R 1 1 S"],
+) -> Float[Tensor, "R D"]:
+    """Attention of one token a row. The H / K query heads that share a key head are given as so many queries,
+    so that no kernel has to copy the keys for them."""
+    rows, kv_heads, size = len(query), keys.shape[1], query.shape[-1]
+    grouped = query.view(rows, kv_heads, -1, size)
+    return F.scaled_dot_product_attention(grouped, keys, values, bias).reshape(rows, -1)
+
+
+def shared_attention(
+    query: Float[Tensor, "R H d"],
+    keys: Float[Tensor, "R K S d"],
+    values: Float[Tensor, "R K S d"],
+    own: Float[Tensor, "RK 1 A"],
+    siblings: Siblings,
+) -> Float[Tensor, "R D"]:
+    """Attention of one token a row, in which the P = S - A first columns, the same for all siblings, are read
+    from one of them: one softmax over the scores of both parts. A step of many short rows is bound by reading
+    keys and values, and most of them are the prompt's. `own` is the bias of the columns behind."""
+    rows, heads, size = query.shape
+    kv_heads, cut, groups = keys.shape[1], siblings.cut, len(siblings.first)
+    shape = (groups, -1, kv_heads, heads // kv_heads)
+
+    def to_groups(x: Tensor) -> Tensor:  # [R, K, H / K, e] -> [N K, G H / K, e]
+        chosen = x.index_select(0, siblings.members).view(*shape, x.shape[-1])
+        return chosen.transpose(1, 2).reshape(groups * kv_heads, -1, x.shape[-1])
+
+    def to_rows(x: Tensor) -> Tensor:  # and back, as [R K, H / K, e]
+        turned = x.view(groups, kv_heads, -1, shape[3], x.shape[-1]).transpose(1, 2)
+        return (
+            turned.reshape(-1, kv_heads, shape[3], x.shape[-1]).index_select(0, siblings.place).flatten(0, 1)
+        )
+
+    def prompts(x: Tensor) -> Tensor:
+        return x[:, :, :cut].index_select(0, siblings.first).flatten(0, 1)
+
+    scaled = (query * size**-0.5).view(rows, kv_heads, -1, size)
+    front = to_rows(torch.bmm(to_groups(scaled), prompts(keys).transpose(1, 2)))
+    behind = torch.baddbmm(own, scaled.flatten(0, 1), keys.flatten(0, 1)[:, cut:].transpose(1, 2))
+    weights = torch.cat([front, behind], -1).softmax(-1)
+    seen = to_rows(torch.bmm(to_groups(weights[..., :cut].view(rows, kv_heads, -1, cut)), prompts(values)))
+    return seen.baddbmm_(weights[..., cut:], values.flatten(0, 1)[:, cut:]).view(rows, -1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Copy:
+    """A tensor made of parameters, one below the other."""
+
+    tensor: Tensor
+    sources: tuple[Tensor, ...]
+
+    def take(self) -> None:
+        for part, source in zip(self.tensor.split([len(s) for s in self.sources]), self.sources, strict=True):
+            part.copy_(source)
+
+
+@dataclass(kw_only=True, eq=False)
+class _Weights:
+    """Gathers weights in the dtype of the products, and remembers what had to be copied."""
+
+    dtype: torch.dtype
+    joined: bool
+    copies: list[Copy] = field(default_factory=list)
+
+    def product(self, modules: Sequence[nn.Module]) -> Product:
+        """Products of the same input, one result behind the other."""
+        plain = [module for module in modules if type(module) is nn.Linear]
+        if len(modules) > 1 and (not self.joined or len(plain) < len(modules)):
+            products = [self.product([module]) for module in modules]
+            return lambda x: torch.cat([product(x) for product in products], -1)
+        if not plain:
+            return modules[0]
+        weight = self._tensor([module.weight for module in plain])
+        biases = [module.bias for module in plain if module.bias is not None]
+        bias = self._tensor(biases) if biases else None
+        return lambda x: fast_linear(x, weight, bias)
+
+    @torch.no_grad()
+    def _tensor(self, sources: Sequence[Tensor]) -> Tensor:
+        if len(sources) == 1 and sources[0].dtype == self.dtype:
+            return sources[0]
+        made = torch.cat(tuple(sources)).to(self.dtype)
+        self.copies.append(Copy(tensor=made, sources=tuple(sources)))
+        return made
+
+
+def _layer(layer: Any, weights: _Weights) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    return Layer(
+        attend=_norm(layer.input_layernorm),
+        qkv=weights.product([attention.q_proj, attention.k_proj, attention.v_proj]),
+        out=weights.product([attention.o_proj]),
+        reflect=_norm(layer.post_attention_layernorm),
+        gate_up=weights.product([mlp.gate_proj, mlp.up_proj]),
+        down=weights.product([mlp.down_proj]),
+    )
+
+
+def _norm(module: Any) -> Callable[[Tensor], Tensor]:
+    """RMS norm (arXiv 1910.07467) in float32, scaled in the dtype that comes in."""
+    weight, eps, width = module.weight, module.variance_epsilon, (len(module.weight),)
+
+    def norm(x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, width, weight, eps)
+        return weight * F.rms_norm(x.float(), width, None, eps).to(x.dtype)
+
+    return norm

@@ -1,0 +1,114 @@
+"""Matrix products on a CPU through oneDNN.
+
+PyTorch gives float32 products to MKL, which on AMD processors leaves half of the vector unit unused: oneDNN's
+kernels are two to four times as fast there, in the same float32 (docs/speed.md). PyTorch carries both, and
+reaches oneDNN's through the operator that its compiler uses.
+
+`fast_linear` is `torch.nn.functional.linear` with that operator, forwards and backwards; inside
+`fast_products()` every linear layer uses it. Which kernel is used depends on the processor alone, never on a
+timing, so that two equal runs on one machine are equal to the last bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+
+@functools.cache
+def available() -> bool:
+    """True on processors with AVX-512, where PyTorch has oneDNN."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def product(left: Float[Tensor, "M K"], right: Float[Tensor, "N K"]) -> Float[Tensor, "M N"]:
+    """left right^T, without a gradient."""
+    return _onednn(left, right) if _suits(left, right) else left @ right.T
+
+
+def fast_linear(
+    x: Float[Tensor, "*S K"], weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None = None
+) -> Float[Tensor, "*S N"]:
+    """x W^T + b; what oneDNN does not suit goes the usual way."""
+    if not _suits(x, weight) or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return cast(Tensor, _Linear.apply(x, weight, bias))
+    return _onednn(x, weight, bias)
+
+
+def fast_products(wanted: bool = True) -> contextlib.AbstractContextManager[Any]:
+    """Linear layers called inside use `fast_linear`, if the processor has it and it is wanted."""
+    return _Mode() if wanted and available() else contextlib.nullcontext()
+
+
+def checkpoint_contexts() -> tuple[Any, Any]:
+    """For gradient checkpointing: what is computed again on the way back is computed as it was before."""
+    active = any(isinstance(mode, _Mode) for mode in _active_modes())
+    return contextlib.nullcontext(), fast_products(active)
+
+
+class _Mode(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        del types
+        if func is F.linear:
+            return fast_linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.biased = bias is not None
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0].reshape(-1, len(weight))
+        to_x = to_weight = to_bias = None
+        if ctx.needs_input_grad[0]:
+            to_x = _onednn(grad, weight.T).view_as(x)
+        if ctx.needs_input_grad[1]:
+            to_weight = _onednn(grad.T, x.reshape(-1, x.shape[-1]).T)
+        if ctx.biased and ctx.needs_input_grad[2]:
+            to_bias = grad.sum(0)
+        return to_x, to_weight, to_bias
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
+
+
+def _suits(x: Tensor, weight: Tensor) -> bool:
+    return (
+        available()
+        and x.dtype == weight.dtype == torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and x.numel() > 0
+    )
+
+
+def _active_modes() -> list[Any]:
+    from torch.overrides import _get_current_function_mode_stack
+
+    return list(_get_current_function_mode_stack())
