@@ -119,4 +119,5 @@ def test_all_tensors_move(tiny_policy: QwenVL, device: str) -> None:
         value = getattr(moved, field.name)
         if isinstance(value, torch.Tensor):
             assert value.device.type == device, field.name
-    assert all(image.pixels.device.type == device for image in moved.images)
+    # Pixels are moved by whoever encodes them: a cached image's need not be moved at all.
+    assert all(image.pixels.device.type == "cpu" for image in moved.images)

@@ -19,6 +19,7 @@ from reflectvlm.protocols import Reattention
 from reflectvlm.reattention import VisualRoute
 from reflectvlm.rollout import stepping
 from reflectvlm.rollout.cache import Siblings, SlotCache
+from reflectvlm.rollout.sampling import NonFiniteLogits
 from reflectvlm.rollout.stepping import EagerStep, GraphStep, Steps, without_graph
 from reflectvlm.types import Prompt, Rollout, Text
 
@@ -117,7 +118,7 @@ def _too_much_in_common(origin: Sequence[int], common: Sequence[int], device: to
 
 def _changed_places(origin: Sequence[int], common: Sequence[int], device: torch.device) -> Siblings:
     found = _OF(origin, common, device)
-    return dataclasses.replace(found, place=found.place.flip(0))
+    return dataclasses.replace(found, place=found.place.flip(0), in_order=False)
 
 
 _ROTATION, _BEGIN, _HEADS, _OF = Decoder._rotation, SlotCache.begin_step, Decoder._heads, Siblings.of
@@ -202,10 +203,12 @@ def test_fixed_shapes_change_nothing(
     next replay overwrites."""
     stock = decoded(policy, prompts, "stock", reattention)
     recorded = _graphs(monkeypatch)
+    if reattention.probe is None:  # what is watched runs eagerly, and nothing else does
+        monkeypatch.setattr(EagerStep, "__call__", lambda *_: pytest.fail("a step was not recorded"))
     assert difference(decoded(policy, prompts, "lean", reattention), stock) < 1e-5
-    if reattention.probe is None:  # what is watched runs eagerly
-        assert recorded
+    if reattention.probe is None:
         assert {rows for shapes in recorded for rows in shapes} <= set(stepping.ROW_COUNTS)
+        assert len(recorded) == len(set(recorded)), "one for each number of rows: all fit into one width"
 
 
 def test_a_filling_row_must_not_be_live(
@@ -313,3 +316,65 @@ def test_an_unknown_kind_is_refused(policy: QwenVL) -> None:
 def test_rows_are_filled_up_to_few_counts(rows: int, wanted: int) -> None:
     """Bug: a count below the rows, or a graph for each number of rows."""
     assert stepping.padded_rows(rows) == wanted
+
+
+def _recording_engine(policy: QwenVL, monkeypatch: pytest.MonkeyPatch) -> InProcessEngine:
+    """An engine whose steps go the way of graphs, without one."""
+    monkeypatch.setattr(stepping, "cuda_graph", without_graph)
+    monkeypatch.setattr(Steps, "_chosen", lambda *_: "graphs")
+    return InProcessEngine(policy=policy, max_rows=7)
+
+
+def test_an_engine_with_graphs_serves_call_after_call(
+    policy: QwenVL, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: a second call that reads what the first has left in the cache, or decodes with its weights."""
+    stock = decoded(policy, prompts, "stock")
+    other = dataclasses.replace(policy, model=copy.deepcopy(policy.model))
+    engine = _recording_engine(other, monkeypatch)
+    with torch.no_grad():
+        for parameter in other.module.parameters():
+            parameter.mul_(1.3)
+    ruined = engine.generate(prompts[::-1], 3, SAMPLING, Implicit(), seed=5)
+    assert difference(ruined[::-1], stock) > 1e-2
+    other.model.load_state_dict(policy.model.state_dict())
+    assert difference(engine.generate(prompts, 3, SAMPLING, Implicit(), seed=2), stock) < 1e-5
+
+
+def test_what_a_broken_call_left_does_not_reach_the_next(
+    policy: QwenVL, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: NaN keys of a call that failed, in columns that the next call's mask covers: NaN times 0."""
+    other = dataclasses.replace(policy, model=copy.deepcopy(policy.model))
+    engine = _recording_engine(other, monkeypatch)
+    weight = other.model.model.language_model.layers[0].self_attn.v_proj.weight
+    with torch.no_grad():
+        weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteLogits):
+        engine.generate(prompts, 3, SAMPLING, Implicit(), seed=2)
+    other.model.load_state_dict(policy.model.state_dict())
+    found = engine.generate(prompts, 3, SAMPLING, Implicit(), seed=2)
+    assert difference(found, decoded(policy, prompts, "stock")) < 1e-5
+
+
+def test_two_calls_side_by_side_are_refused_with_graphs(
+    policy: QwenVL, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: a call that goes on in a cache which another has cleared."""
+    engine = _recording_engine(policy, monkeypatch)
+    first, second = (engine.stream(prompts[0], SAMPLING, Implicit(), seed=seed) for seed in (1, 2))
+    next(first)
+    next(second)
+    with pytest.raises(RuntimeError, match=r"Another call of this engine has begun.* use decode='lean'"):
+        list(first)
+
+
+def test_low_rank_adapters_under_autocast() -> None:
+    """Bug: an adapter's float32 weights meeting bfloat16 inputs, because no autocast is around a step."""
+    peft = pytest.importorskip("peft", reason="adapters are an extra")
+    policy = make_policy(gain=1.0, compute="bfloat16")
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj", "up_proj"], init_lora_weights=False)
+    peft.inject_adapter_in_model(settings, policy.model.model.language_model)
+    prompts = [make_prompt(policy, seed) for seed in range(2)]
+    assert difference(decoded(policy, prompts, "lean"), decoded(policy, prompts, "stock")) < 0.05

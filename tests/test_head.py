@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -194,15 +195,54 @@ def test_bad_settings_are_refused(setting: dict[str, Any], message: str) -> None
         head.fused_token_scores(hidden, weight, targets, **setting)
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_banned_target_has_no_gradient_of_its_own(keep: bool) -> None:
+    """Bug: a target that is impossible moving the head, as if its logit had taken part."""
+    hidden, weight, targets, upstream = _inputs(4)
+    targets[1], found = 20, []
+    for function, extra in ((head.fused_token_scores, {"tile": 4}), (ops.token_scores, {})):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        chunk = {"chunk": 9 if keep else 2} if extra else {}
+        logprobs, _ = function(*leaves, targets, banned=[20, 21], **extra, **chunk)
+        (logprobs.nan_to_num(neginf=0.0) * upstream).sum().backward()
+        found.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=2e-5)
+    assert not found[0][1][20].any()
+
+
+def test_without_a_way_back_no_logits_are_kept() -> None:
+    """Bug: scores of a reference keeping hundreds of megabytes of logits that nobody will read."""
+    hidden, weight, targets, _ = _inputs(6)
+    with torch.no_grad(), _Products() as seen:
+        head.fused_token_scores(hidden, weight.requires_grad_(), targets, tile=4)
+    assert seen.alive((6, 4)) <= 1
+
+
+def test_second_derivatives_are_refused() -> None:
+    """Bug: a second derivative of 0 instead of a sentence."""
+    hidden, weight, targets, _ = _inputs(3)
+    leaf = hidden.requires_grad_()
+    logprobs, _ = head.fused_token_scores(leaf, weight, targets)
+    (first,) = torch.autograd.grad(logprobs.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 class _Products(TorchDispatchMode):
     """Notes the shapes of all tensors that are made, on the way back too."""
 
     def __init__(self) -> None:
         super().__init__()
         self.shapes: list[tuple[int, ...]] = []
+        self._made: list[weakref.ref[Tensor]] = []
+
+    def alive(self, shape: tuple[int, ...]) -> int:
+        """How many tensors of this shape that were made here are still held by somebody."""
+        return sum(one is not None and tuple(one.shape) == shape for one in (made() for made in self._made))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and not func.is_view:
             self.shapes.append(tuple(result.shape))
+            self._made.append(weakref.ref(result))
         return result

@@ -399,7 +399,7 @@ def test_a_look_at_single_rows_starts_no_workers(tiny_policy: QwenVL) -> None:
     """Bug: the checks at the start, which look at a row at a time, start workers of their own, or make those
     of the run drop what they have read ahead."""
     one = feed(tiny_policy, Mixed(), workers=2)
-    assert [len(one.these([position])) for position in range(3)] == [
+    assert [len(one.these([position], ahead=False)) for position in range(3)] == [
         len(feed(tiny_policy, Mixed()).these([position])) for position in range(3)
     ]
     assert len(one.first(2)) == 2

@@ -14,7 +14,7 @@ from fixtures import make_policy, make_prompt
 from reflectvlm.batch import Batch
 from reflectvlm.models import qwen_vl, tree_attention
 from reflectvlm.models.loading import enable_checkpointing
-from reflectvlm.models.prefix import Packed, branch_mask, pack, worth_packing
+from reflectvlm.models.prefix import Packed, branch_mask, pack
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.models.tree import Line, line_up
 from reflectvlm.models.varlen_kernels import plain_varlen
@@ -71,7 +71,7 @@ def both_ways(policy: QwenVL, kind: Any, **settings: Any) -> tuple[float, float]
     plain = dataclasses.replace(policy, share_prefix=False, **settings)
     packed = dataclasses.replace(policy, share_prefix=True, prefix_attention=kind, **settings)
     batch = plain.batch(rows(plain))
-    assert worth_packing(batch)
+    assert line_up(batch) is not None
     (expected, wanted), (found, got) = gradients(plain, batch), gradients(packed, batch)
     return float((found - expected).abs().max()), farthest(wanted, got)
 
@@ -198,7 +198,7 @@ def test_rows_that_share_nothing_are_untouched_by_the_attention_function() -> No
     """Bug: plain rows score differently once packed ones have put their attention function in."""
     policy = dataclasses.replace(make_policy(), prefix_attention="split")
     batch = policy.batch(rows(policy)[2:4])
-    assert not worth_packing(batch)
+    assert line_up(batch) is None
     before = gradients(policy, batch)
     gradients(policy, policy.batch(rows(policy)))
     assert policy.model.model.language_model.config._attn_implementation == tree_attention.NAME
@@ -276,7 +276,7 @@ def lined_up(batch: Batch) -> Line:
 def test_a_batch_of_different_prompts_is_left_alone(exact_policy: QwenVL) -> None:
     """Bug: SFT rows, which share nothing, pay for a dense mask."""
     batch = exact_policy.batch(rows(exact_policy)[2:4])
-    assert not worth_packing(batch)
+    assert line_up(batch) is None
 
 
 def test_branch_mask_by_hand() -> None:

@@ -252,7 +252,7 @@ def test_b4_a_given_up_evaluation_is_made_up_for(tmp_path, monkeypatch, whole):
     trainer = small_rl(tmp_path)
     with monkeypatch.context() as hook:  # two steps, and then the curve at step 2
         stop = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
-        at_call(InProcessEngine, "generate", 3, stop, hook, within=trainer)
+        at_call(InProcessEngine, "groups", 3, stop, hook, within=trainer)
         stopped = trainer.run()
     assert stopped.exit_code == 143
     assert [row["step"] for row in logged(stopped.folder)] == [0, 1, 2]
@@ -490,7 +490,7 @@ def test_b_a_stop_after_the_beginning_is_saved(tmp_path, monkeypatch):
         assert small_rl(tmp_path).run().before == {}
     trainer = small_rl(tmp_path, output=AUTO)
     with monkeypatch.context() as hook:
-        at_call(InProcessEngine, "generate", 1, stop, hook, within=trainer)
+        at_call(InProcessEngine, "groups", 1, stop, hook, within=trainer)
         stopped = trainer.run()
     assert stopped.before
     store = checkpoint.CheckpointStore(stopped.folder / "checkpoints")

@@ -16,6 +16,7 @@ import torch
 
 from reflectvlm.data.digits import Digits
 from reflectvlm.interrupt import Abandoned, abandonable, committed, safe_point
+from reflectvlm.models.decoder import Decoder
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.rewards.rubric import Rubric
 from reflectvlm.rollout.engine import InProcessEngine
@@ -121,13 +122,13 @@ def test_c1_work_is_given_up_only_until_weights_change() -> None:
 # of small_rl is 2 prompts, one generate, 2 groups and 4 updates; evaluations come after every second one.
 POINTS = [
     (small_rl, QwenVL, "prompt", 4, {1}, "reading rows"),
-    (small_rl, InProcessEngine, "generate", 2, {1}, "rollout"),
+    (small_rl, InProcessEngine, "groups", 2, {1}, "rollout"),
     (small_rl, Rubric, "score", 2, {1}, "reward"),
     (small_rl, RLTrainer, "update", 1, {0}, "before the first update: given up"),
     (small_rl, torch.optim.AdamW, "step", 2, {1}, "after an update: finished"),
     (small_rl, CheckpointStore, "save", 1, {2, 3}, "saving"),
     (small_sft, torch.optim.AdamW, "step", 3, {3}, "the only update: finished"),
-    (small_brpo_copy, QwenVL, "hidden", 60, {0, 1, 2, 3, 4}, "decoding with blocks"),
+    (small_brpo_copy, Decoder, "__call__", 30, {0, 1, 2, 3, 4}, "decoding with blocks"),
 ]
 
 
@@ -374,7 +375,7 @@ def test_c_data_of_a_stopped_run_is_whole(tmp_path, monkeypatch):
     with monkeypatch.context() as hook:
         trainer = small_rl(tmp_path, data=Digits(size=12))
         at_call(
-            InProcessEngine, "generate", 2, lambda: os.kill(os.getpid(), signal.SIGTERM), hook, within=trainer
+            InProcessEngine, "groups", 2, lambda: os.kill(os.getpid(), signal.SIGTERM), hook, within=trainer
         )
         trainer.run()
     assert trainer.position == 2  # one step of two rows is done; the second was given up

@@ -208,7 +208,7 @@ def test_d3_answers_that_end_at_once(tmp_path: Path, objective: ClippedSurrogate
     trainer = trainer_with(tmp_path, places, policy=policy, objective=objective, drop_truncated=True)
     ended = policy.end_ids[0]
 
-    def at_once(prompts: Any, seed: int) -> Any:
+    def at_once(prompts: Any, seed: int, *_: Any) -> Any:
         groups = RLTrainer.rollouts(trainer, prompts, seed)
         prompt_groups = []
         for group in groups:

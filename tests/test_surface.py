@@ -64,7 +64,8 @@ PACKAGES = {
     "data": "Columns Curriculum Dataset DigitTraces Digits ImageLimits Shapes dataset instruction",
     "models": "FeatureCache QwenVL load_policy",
     "rollout": "InProcessEngine StopGroup",
-    "train": "AdamW Distiller DynamicSampling Evaluation Output PartialRollouts RLTrainer RunResult SFTTrainer",
+    "train": "AdamW Distiller DynamicSampling Evaluation Output PartialRollouts RLTrainer RunResult "
+    "SFTTrainer",
 }
 
 RECIPES = [

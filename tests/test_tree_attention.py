@@ -229,3 +229,17 @@ def test_a_kernel_that_fails_the_trial_is_not_used(monkeypatch: pytest.MonkeyPat
         assert varlen_kernel(torch.device("cuda", 7)) is plain_varlen
     finally:
         varlen_kernel.cache_clear()
+
+
+def test_trials_run_where_nothing_is_trained() -> None:
+    """Bug: the first packed batch is the reference's, scored without gradients, and every kind fails its
+    trial."""
+    with torch.no_grad():
+        assert set(timed(HEADS, SMALL, ("dense", "split"))) == {"dense", "split"}
+        assert trial_error(plain_varlen, "cpu") < varlen_kernels.TOLERANCE
+
+
+def test_a_variable_length_kernel_is_refused_in_float32() -> None:
+    """Bug: an error of a kernel in the middle of a run instead of a remedy before it."""
+    with pytest.raises(ValueError, match=r"needs bfloat16 or float16 products.* in float32\. Set compute="):
+        choose("varlen", "sdpa", HEADS._replace(device=torch.device("cuda")), SMALL)

@@ -107,25 +107,27 @@ def _crash_at(trainer: Any, step: int) -> None:
 
 def _die_in_evaluation(trainer: Any, number: int) -> None:
     """Kills this process while its `number`-th evaluation is generating: at its third token."""
-    evaluate, begun, tokens = trainer.evaluate, 0, 0
-    modules = dict(trainer.policy.model.named_modules())
-    (first,) = (module for name, module in modules.items() if name.endswith("language_model.layers.0"))
+    from reflectvlm.rollout.decoding import Decoding
+
+    evaluate, step, begun, tokens = trainer.evaluate, Decoding._step, 0, 0
+    inside = False
 
     def evaluated(evaluation: Any) -> Any:
-        nonlocal begun, tokens
-        begun, tokens = begun + 1, 0
-        handle = first.register_forward_pre_hook(counted)
+        nonlocal begun, tokens, inside
+        begun, tokens, inside = begun + 1, 0, True
         found = evaluate(evaluation)
-        handle.remove()
+        inside = False
         return found
 
-    def counted(*_: Any) -> None:
+    def counted(decoding: Any, *arguments: Any) -> Any:
         nonlocal tokens
-        tokens += 1
-        if (begun, tokens) == (number, 3):
+        tokens += inside
+        if inside and (begun, tokens) == (number, 3):
             os.kill(os.getpid(), signal.SIGKILL)
+        return step(decoding, *arguments)
 
     trainer.evaluate = evaluated
+    Decoding._step = counted  # type: ignore[method-assign]
 
 
 def _die_in_save(number: int, deadly: int, points: Path) -> None:

@@ -118,8 +118,7 @@ class Batch:
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
-        images = tuple(dataclasses.replace(image, pixels=image.pixels.to(device)) for image in self.images)
-        there = dataclasses.replace(self, **moved, images=images)
+        there = dataclasses.replace(self, **moved)
         if self.ids.device.type == "cpu":  # where asking costs nothing
             there.__dict__["layout"] = self.layout
         return there

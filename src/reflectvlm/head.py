@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from reflectvlm.models.products import product
 
@@ -68,6 +69,7 @@ def fused_token_scores(
         tile=columns,
         keep=len(hidden) <= chunk,
         entropy=entropy,
+        grad=torch.is_grad_enabled(),
         dtype=dtype,
     )
     with torch.autocast(device.type, enabled=False):
@@ -119,6 +121,8 @@ class Sweep:
     keep: bool
     """Logits are kept for the way back rather than computed twice."""
     entropy: bool
+    grad: bool
+    """There may be a way back."""
     dtype: torch.dtype
     """Of the matrix products."""
 
@@ -159,7 +163,7 @@ class _Scores(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(sweep.dtype, torch.float32)
         logprobs, entropies, totals = (hidden.new_zeros(len(hidden), dtype=wide) for _ in range(3))
-        needed = any(ctx.needs_input_grad[:2])
+        needed = sweep.grad and any(ctx.needs_input_grad[:2])
         kept: list[Tensor] | None = [] if needed and sweep.keep else None
         for tokens in sweep.chunks():
             state = _Online.start(hidden[tokens], wide)
@@ -178,6 +182,7 @@ class _Scores(torch.autograd.Function):
         return logprobs.masked_fill(impossible, float("-inf")), entropies
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         hidden, weight, totals, *kept = ctx.saved_tensors
         sweep: Sweep = ctx.sweep
@@ -238,6 +243,9 @@ def _slope(piece: Piece, sweep: Sweep, total: Tensor, grad: Tensor) -> Tensor:
     place of the logits, so a graph can be gone back through once; autograd says so at a second time."""
     slope = piece.logits.sub_(total[:, None]).exp_().mul_(-grad[:, None])
     row, column = sweep.hits(piece)
+    if len(sweep.banned):  # a banned target has no gradient of its own
+        possible = ~torch.isin(column + piece.ids.start, sweep.banned)
+        row, column = row[possible], column[possible]
     slope[row, column] += grad[row]
     return slope.to(sweep.dtype)
 

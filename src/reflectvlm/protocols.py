@@ -36,8 +36,9 @@ class Reward(Protocol):
     The whole group is seen because some rewards compare siblings; `rewards.per_rollout` lifts a
     function of one rollout. A reward that cannot decide raises; it never returns NaN on purpose.
 
-    Two optional attributes, see `rewards.asking`: `rowwise = True` asks about one rollout at a time, and
-    a method `many(groups)` about all groups of a step at once, which pays for rewards that wait.
+    Optional attributes, see `rewards.asking`: `rowwise = True` asks about one rollout at a time, and a
+    method `many(groups)` about all groups of a step at once, which pays for rewards that wait. With
+    `early(group, place)` and `lanes`, see `rewards.early`, these wait while other groups are still decoded.
     """
 
     def __call__(self, group: Sequence[Rollout], /) -> Sequence[float]: ...

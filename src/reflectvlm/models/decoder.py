@@ -10,13 +10,13 @@ It serves Qwen2-VL and Qwen2.5-VL, whose text layers are alike. A new token's po
 all three axes, so M-RoPE is plain RoPE here. The stock forward stays the reference
 (`InProcessEngine(lean=False)`), and everything longer than one token goes through it.
 
-Left out: sliding-window attention, and hooks on whole layers. Products whose modules are not plain
-linear layers (LoRA) are called as modules.
+Left out: sliding-window attention, and hooks, which a step does not call. Products whose modules are not
+plain linear layers (LoRA) are called as modules; a graph goes on as it was recorded when an adapter is
+switched off or merged, so make a new engine then.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from reflectvlm.models.qwen_vl import QwenVL
     from reflectvlm.rollout.cache import Siblings, SlotCache
 
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+"""Queries [R, H, d], keys and values [R, K, S, d], the layer's number -> what they attend to, [R, H d]."""
 SHARED_FROM = 16
 """Common columns from which on reading them once pays."""
 Product: TypeAlias = Callable[[Tensor], Tensor]
@@ -78,7 +80,8 @@ class Decoder:
         model = policy.model.model.language_model
         config = model.config
         dtype = getattr(torch, policy.compute) if policy.compute else policy.model.dtype
-        weights = _Weights(dtype=dtype, joined=policy.device.type == "cpu" or dtype != policy.model.dtype)
+        cast_ = policy.compute is not None
+        weights = _Weights(dtype=dtype, joined=policy.device.type == "cpu" or cast_, cast=cast_)
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         layers = tuple(_layer(layer, weights) for layer in model.layers)
         return cls(
@@ -131,7 +134,7 @@ class Decoder:
             if watch is not None and watch.counts(number):
                 seen = self._watched(query, keys, values, bias, watch)
             else:
-                seen = attended(query, keys, values)
+                seen = attended(query, keys, values, number)
             x = x + layer.out(seen)
             gate, up = layer.gate_up(layer.reflect(x).to(self.dtype)).chunk(2, -1)
             x = x + layer.down(F.silu(gate).mul_(up))
@@ -151,15 +154,12 @@ class Decoder:
         query, key = turned.to(self.dtype).split([self.heads, self.kv_heads], 1)
         return query, key, parts[:, self.heads + self.kv_heads :]
 
-    def _attention(
-        self, bias: Tensor, siblings: Siblings | None
-    ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """(queries [R, H, d], keys, values [R, K, S, d]) -> what they attend to, [R, H d]."""
+    def _attention(self, bias: Tensor, siblings: Siblings | None) -> Attend:
         exact = self.dtype in (torch.float32, torch.float64)
         if siblings is None or siblings.cut < SHARED_FROM or not exact:
-            return functools.partial(grouped_attention, bias=bias)
+            return lambda query, keys, values, _: grouped_attention(query, keys, values, bias)
         own = bias[:, 0, :, siblings.cut :].repeat_interleave(self.kv_heads, 0)
-        return functools.partial(shared_attention, own=own, siblings=siblings)
+        return lambda query, keys, values, layer: shared_attention(query, keys, values, own, siblings, layer)
 
     def _watched(
         self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, watch: AttentionWatch
@@ -190,6 +190,7 @@ def shared_attention(
     values: Float[Tensor, "R K S d"],
     own: Float[Tensor, "RK 1 A"],
     siblings: Siblings,
+    layer: int,
 ) -> Float[Tensor, "R D"]:
     """Attention of one token a row, in which the P = S - A first columns, the same for all siblings, are read
     from one of them: one softmax over the scores of both parts. A step of many short rows is bound by reading
@@ -199,23 +200,20 @@ def shared_attention(
     shape = (groups, -1, kv_heads, heads // kv_heads)
 
     def to_groups(x: Tensor) -> Tensor:  # [R, K, H / K, e] -> [N K, G H / K, e]
-        chosen = x.index_select(0, siblings.members).view(*shape, x.shape[-1])
-        return chosen.transpose(1, 2).reshape(groups * kv_heads, -1, x.shape[-1])
+        chosen = x if siblings.in_order else x.index_select(0, siblings.members)
+        return chosen.view(*shape, x.shape[-1]).transpose(1, 2).reshape(groups * kv_heads, -1, x.shape[-1])
 
     def to_rows(x: Tensor) -> Tensor:  # and back, as [R K, H / K, e]
         turned = x.view(groups, kv_heads, -1, shape[3], x.shape[-1]).transpose(1, 2)
-        return (
-            turned.reshape(-1, kv_heads, shape[3], x.shape[-1]).index_select(0, siblings.place).flatten(0, 1)
-        )
+        made = turned.reshape(-1, kv_heads, shape[3], x.shape[-1])
+        return (made if siblings.in_order else made.index_select(0, siblings.place)).flatten(0, 1)
 
-    def prompts(x: Tensor) -> Tensor:
-        return x[:, :, :cut].index_select(0, siblings.first).flatten(0, 1)
-
+    shared_keys, shared_values = siblings.prompts(layer, keys, values)
     scaled = (query * size**-0.5).view(rows, kv_heads, -1, size)
-    front = to_rows(torch.bmm(to_groups(scaled), prompts(keys).transpose(1, 2)))
+    front = to_rows(torch.bmm(to_groups(scaled), shared_keys.transpose(1, 2)))
     behind = torch.baddbmm(own, scaled.flatten(0, 1), keys.flatten(0, 1)[:, cut:].transpose(1, 2))
     weights = torch.cat([front, behind], -1).softmax(-1)
-    seen = to_rows(torch.bmm(to_groups(weights[..., :cut].view(rows, kv_heads, -1, cut)), prompts(values)))
+    seen = to_rows(torch.bmm(to_groups(weights[..., :cut].view(rows, kv_heads, -1, cut)), shared_values))
     return seen.baddbmm_(weights[..., cut:], values.flatten(0, 1)[:, cut:]).view(rows, -1)
 
 
@@ -237,6 +235,8 @@ class _Weights:
 
     dtype: torch.dtype
     joined: bool
+    cast: bool
+    """Products have another dtype than weights."""
     copies: list[Copy] = field(default_factory=list)
 
     def product(self, modules: Sequence[nn.Module]) -> Product:
@@ -246,11 +246,23 @@ class _Weights:
             products = [self.product([module]) for module in modules]
             return lambda x: torch.cat([product(x) for product in products], -1)
         if not plain:
-            return modules[0]
+            return self._called(modules[0])
         weight = self._tensor([module.weight for module in plain])
         biases = [module.bias for module in plain if module.bias is not None]
         bias = self._tensor(biases) if biases else None
         return lambda x: fast_linear(x, weight, bias)
+
+    def _called(self, module: nn.Module) -> Product:
+        """A module that is more than a product, under the autocast of the stock forward. Its casts are not
+        cached: a recorded graph would keep those of the weights of its time."""
+        if not self.cast:
+            return module
+
+        def call(x: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, dtype=self.dtype, cache_enabled=False):
+                return cast(Tensor, module(x))
+
+        return call
 
     @torch.no_grad()
     def _tensor(self, sources: Sequence[Tensor]) -> Tensor:

@@ -126,8 +126,7 @@ class FeatureCache:
         if value is None and self._disk is not None:
             value = self._disk.get(key)
         if value is None or len(value) != image.grid.tokens:
-            # Rollouts may run in inference mode, whose tensors no later backward pass could use.
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.no_grad():
                 value = run([image]).cpu()
             if self._disk is not None:
                 self._disk.put(key, value)

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from reflectvlm.batch import Batch
-from reflectvlm.models.tree import Line, beside, line_up
+from reflectvlm.models.tree import Line, beside
 from reflectvlm.models.tree_attention import Kind, Tree, tree
 
 
@@ -38,11 +38,6 @@ class Packed:
     """[n, 0, q, k]: token q sees token k."""
     tree: Tree | None = None
     """Who sees whom where there is no mask."""
-
-
-def worth_packing(batch: Batch) -> bool:
-    """True if two rows share a prompt."""
-    return line_up(batch) is not None
 
 
 def pack(batch: Batch, line: Line, kind: Kind, pad_id: int) -> Packed:

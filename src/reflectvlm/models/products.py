@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -39,14 +40,16 @@ def product(left: Float[Tensor, "M K"], right: Float[Tensor, "N K"]) -> Float[Te
 
 
 def fast_linear(
-    x: Float[Tensor, "*S K"], weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None = None
-) -> Float[Tensor, "*S N"]:
+    input: Float[Tensor, "*S K"],
+    weight: Float[Tensor, "*N K"],
+    bias: Tensor | None = None,
+) -> Float[Tensor, ...]:
     """x W^T + b; what oneDNN does not suit goes the usual way."""
-    if not _suits(x, weight) or torch.is_autocast_enabled("cpu"):
-        return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return cast(Tensor, _Linear.apply(x, weight, bias))
-    return _onednn(x, weight, bias)
+    if not _suits(input, weight) or torch.is_autocast_enabled("cpu"):
+        return F.linear(input, weight, bias)
+    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
+        return cast(Tensor, _Linear.apply(input, weight, bias))
+    return _onednn(input, weight, bias)
 
 
 def fast_products(wanted: bool = True) -> contextlib.AbstractContextManager[Any]:
@@ -77,20 +80,26 @@ class _Mode(TorchFunctionMode):
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.biased = bias is not None
+        to_x, to_weight, *_ = ctx.needs_input_grad
+        # A frozen weight needs no inputs on the way back, and they are what takes memory.
+        ctx.save_for_backward(x if to_weight else None, weight if to_x else None)
+        ctx.shape, ctx.width = x.shape, len(weight)
         return _onednn(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        grad = grads[0].reshape(-1, len(weight))
+        grad = grads[0].reshape(-1, ctx.width)
         to_x = to_weight = to_bias = None
         if ctx.needs_input_grad[0]:
-            to_x = _onednn(grad, weight.T).view_as(x)
+            to_x = _onednn(grad, weight.T).view(ctx.shape)
         if ctx.needs_input_grad[1]:
-            to_weight = _onednn(grad.T, x.reshape(-1, x.shape[-1]).T)
-        if ctx.biased and ctx.needs_input_grad[2]:
+            inputs = x.reshape(-1, x.shape[-1])
+            # The kernel is faster when the smaller side is the left one.
+            wide = ctx.width > inputs.shape[1]
+            to_weight = _onednn(inputs.T, grad.T).T if wide else _onednn(grad.T, inputs.T)
+        if ctx.needs_input_grad[2]:
             to_bias = grad.sum(0)
         return to_x, to_weight, to_bias
 
@@ -104,6 +113,7 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
         available()
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
+        and weight.dim() == 2
         and x.numel() > 0
     )
 

@@ -61,7 +61,7 @@ def load_policy(
     max_pixels: int | None = None,
     gradient_checkpointing: bool = False,
     prefix_attention: PrefixAttention = "auto",
-    chunk: int = 1024,
+    chunk: int = 256,
     trust_remote_code: bool = False,
     feature_cache: FeatureCache | None = None,
 ) -> QwenVL:
@@ -115,7 +115,7 @@ class QwenVL:
     """Rows of one prompt run it once (`prefix.py`). False is the plain way; results are the same."""
     prefix_attention: PrefixAttention = "auto"
     """How they attend then: `dense` is the portable reference; results are the same."""
-    chunk: int = 1024
+    chunk: int = 256
     """Trained tokens whose logits exist at one time."""
     fast_products: bool = True
     """On a CPU linear layers go through oneDNN where it is fast (`products.py`). False: PyTorch's choice."""
@@ -310,7 +310,7 @@ class QwenVL:
     def _arithmetic(self) -> contextlib.AbstractContextManager[Any]:
         """How matrix products are computed."""
         if self.compute is None:
-            return fast_products(self.fast_products)
+            return fast_products(self.fast_products and self.device.type == "cpu")
         return torch.autocast(self.device.type, dtype=getattr(torch, self.compute))
 
     def _attention_mask(self, mask: Tensor | None) -> Tensor | None:
@@ -346,4 +346,5 @@ class QwenVL:
 
 @functools.lru_cache(maxsize=16)
 def _on_device(ids: tuple[int, ...], device: torch.device) -> Int[Tensor, " R"]:
-    return torch.tensor(ids, dtype=torch.long, device=device)
+    with torch.inference_mode(False):  # whoever asks first: training must be able to use it
+        return torch.tensor(ids, dtype=torch.long, device=device)

@@ -23,6 +23,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from reflectvlm.models.tree import Line, Owners, Piece, Pieces, Varlen, owners, pieces, varlen
 from reflectvlm.models.varlen_kernels import VarlenKernel, varlen_kernel
@@ -146,7 +147,8 @@ class Flex:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         compiled = device.type != "cpu"  # there the whole [L, L] mask is built, block by block on a GPU
-        mask = create_block_mask(owned.mask_mod, None, None, length, length, device=device, _compile=compiled)
+        make: Callable[..., Any] = _compiled_mask() if compiled else create_block_mask
+        mask = make(owned.mask_mod, None, None, length, length, device=device)
         plain: Callable[..., Any] = flex_attention
         return cls(mask=mask, attend=_compiled_flex() if compiled else plain)
 
@@ -170,6 +172,14 @@ class Flex:
 
 
 @functools.cache
+def _compiled_mask() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    compiled: Callable[..., Any] = torch.compile(create_block_mask, dynamic=True)
+    return compiled
+
+
+@functools.cache
 def _compiled_flex() -> Callable[..., Tensor]:
     """Compiled once; lengths differ from pass to pass and must not each be compiled anew."""
     from torch.nn.attention.flex_attention import flex_attention
@@ -185,8 +195,15 @@ def sdpa(
     mask: Tensor | None,
     **settings: Any,
 ) -> Float[Tensor, "R T H d"]:
-    """The library's function, which shares key heads among query heads in its own way; causal without a
-    mask."""
+    """The library's function; causal without a mask. On a CPU straight to PyTorch's, which need not copy the
+    keys that several query heads share; on a GPU only some kernels take that, and the library knows which."""
+    if query.device.type == "cpu":
+        scale = settings.get("scaling")
+        causal = mask is None and query.shape[2] > 1
+        made = F.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=True
+        )
+        return made.transpose(1, 2)
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     layer: Any = SimpleNamespace(is_causal=True, num_key_value_groups=query.shape[1] // key.shape[1])

@@ -58,6 +58,12 @@ def check_prefix_attention(wanted: str, attention: str) -> None:
 def choose(wanted: PrefixAttention, attention: str, heads: Heads, line: Line) -> Kind:
     """The kind for this line. `attention` is what the model was loaded with."""
     check_prefix_attention(wanted, attention)
+    halves = (torch.bfloat16, torch.float16)
+    if wanted == "varlen" and heads.device.type != "cpu" and heads.dtype not in halves:
+        raise ValueError(
+            "prefix_attention='varlen' needs bfloat16 or float16 products, and the policy computes in "
+            f"{str(heads.dtype).removeprefix('torch.')}. Set compute=bfloat16, or use auto or split."
+        )
     if wanted != "auto":
         return wanted
     if attention == "eager":
@@ -124,8 +130,9 @@ def attention_call(kind: Kind, heads: Heads, line: Line) -> Callable[[], None]:
         attend = functools.partial(tree(kind, line, heads.device), scaling=scaling)
 
     def call() -> None:
-        out = attend(query, key, value)
-        torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
+        with torch.enable_grad():  # the first packed batch may be scored without gradients
+            out = attend(query, key, value)
+            torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
 
     return call
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,6 +20,8 @@ from typing import Any, Protocol
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+log = logging.getLogger("reflectvlm")
 
 TOLERANCE = 0.05
 """Of the trial, relative to the largest number: bfloat16 has 8 bits, and a key seen or missed shows in the
@@ -70,7 +73,11 @@ def varlen_kernel(device: torch.device) -> VarlenKernel:
 def flash_attn_kernel() -> VarlenKernel | None:
     if find_spec("flash_attn") is None:
         return None
-    return _flash_attn(import_module("flash_attn").flash_attn_varlen_func)
+    try:
+        return _flash_attn(import_module("flash_attn").flash_attn_varlen_func)
+    except ImportError as error:  # built for another torch: torch's own kernel may still do
+        log.warning("flash-attn is installed but cannot be imported: %s", error)
+        return None
 
 
 def _flash_attn(function: Callable[..., Any]) -> VarlenKernel:
@@ -145,11 +152,12 @@ def trial_error(
     cu_q, cu_k = (torch.tensor(cut, dtype=torch.int32, device=device) for cut in ((0, 3, 5), (0, 3, 8)))
     found = []
     for attend, wide in ((plain_varlen, torch.float32), (kernel, dtype)):
-        leaves = [each.detach().to(wide, copy=True).requires_grad_() for each in values]
-        query, key, value = leaves
-        out = attend(query, key, value, cu_q, cu_k, 3, 5, 0.25)
-        weights = torch.cos(torch.arange(out.numel(), device=device)).view_as(out)
-        grads = torch.autograd.grad((out.float() * weights).sum(), leaves)
+        with torch.enable_grad():  # wherever it is tried first
+            leaves = [each.detach().to(wide, copy=True).requires_grad_() for each in values]
+            query, key, value = leaves
+            out = attend(query, key, value, cu_q, cu_k, 3, 5, 0.25)
+            weights = torch.cos(torch.arange(out.numel(), device=device)).view_as(out)
+            grads = torch.autograd.grad((out.float() * weights).sum(), leaves)
         found.append([each.detach().float() for each in (out, *grads)])
     return max(float((b - a).abs().max() / a.abs().max()) for a, b in zip(*found, strict=True))
 

@@ -9,7 +9,7 @@ and is overwritten later, so an unfinished write needs no undoing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,6 +28,20 @@ class Siblings:
     """Rows of each group, filled up with its first."""
     place: Int[Tensor, " R"]
     """Where each row stands among `members`."""
+    in_order: bool
+    """True if `members` are just all rows."""
+    _taken: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+
+    def prompts(
+        self, layer: int, keys: Float[Tensor, "R K S d"], values: Float[Tensor, "R K S d"]
+    ) -> tuple[Float[Tensor, "NK P d"], Float[Tensor, "NK P d"]]:
+        """Keys and values of the common columns, once for each group. No row writes there again, so they are
+        gathered once for each layer."""
+        if layer not in self._taken:
+            self._taken[layer] = tuple(  # type: ignore[assignment]
+                x[:, :, : self.cut].index_select(0, self.first).flatten(0, 1) for x in (keys, values)
+            )
+        return self._taken[layer]
 
     @classmethod
     def of(cls, origin: Sequence[int], common: Sequence[int], device: torch.device) -> Siblings:
@@ -45,6 +59,7 @@ class Siblings:
             first=torch.tensor([rows[0] for rows in filled], dtype=torch.long, device=device),
             members=torch.tensor([row for rows in filled for row in rows], dtype=torch.long, device=device),
             place=torch.tensor(place, dtype=torch.long, device=device),
+            in_order=[row for rows in filled for row in rows] == list(range(len(origin))),
         )
 
 
@@ -61,6 +76,8 @@ class SlotCache:
         self.lengths: Int[Tensor, " R"] = torch.zeros(0, dtype=torch.long, device=device)
         self.longest = 0
         """No row is longer: known without asking the device."""
+        self.calls = 0
+        """How often it was cleared."""
         self._origin = self.lengths
         """Rows of the same number have their first columns in common, `_common` of them."""
         self._common = self.lengths
@@ -131,8 +148,11 @@ class SlotCache:
         return tuple(store.data_ptr() for pair in self._layers.values() for store in pair)
 
     def clear(self) -> None:
-        """No rows; the storage is kept for the next ones."""
-        self.lengths, self.longest = self.lengths[:0], 0
+        """No rows; the storage is kept for the next ones, and holds no number of the last ones: a NaN would
+        outlive its mask."""
+        self.lengths, self.longest, self.calls = self.lengths[:0], 0, self.calls + 1
+        for store in (store for pair in self._layers.values() for store in pair):
+            store.zero_()
         self._origin = self._common = self.lengths
         self._siblings = None
 

@@ -75,6 +75,7 @@ class Decoding:
         # Only a tag of several tokens is ever taken back.
         self.remembered = triggers.longest if watched else 0
         self.cache = SlotCache(self.device) if cache is None else cache
+        self.call = self.cache.calls
         self.intake = Intake(policy=policy, probe=probe, width=watched, cache=self.cache, step=step)
 
     def _take_jobs(self) -> None:
@@ -124,6 +125,11 @@ class Decoding:
 
     @torch.no_grad()
     def _step(self, rows: Rows | None, max_rows: int) -> Rows | None:
+        if self.cache.calls != self.call:
+            raise RuntimeError(
+                "Another call of this engine has begun, and with decode='graphs' both use one cache. Finish "
+                "one first, or use decode='lean'."
+            )
         rows = self._admitted(rows, max_rows)
         ids, logprobs = draw(
             self.policy.logits(rows.hidden),
@@ -255,13 +261,12 @@ class Decoding:
         """Rows that must end now as well, because enough of their group have; others are told when."""
         if self.long_tail is None:
             return ended
-        jobs = rows.job.tolist()
-        lengths = {jobs[row]: int(rows.count[row]) for row in ended.nonzero().flatten().tolist()}
+        where = ended.nonzero().flatten()
+        lengths = dict(zip(rows.job[where].tolist(), rows.count[where].tolist(), strict=True))
         limits = {place: self._group_limit(place, lengths) for place in {self.owner[job] for job in lengths}}
-        for row, job in enumerate(jobs):
-            limit = limits.get(self.owner[job])
-            if limit is not None:
-                rows.until[row] = min(int(rows.until[row]), limit)
+        of_rows = [limits.get(self.owner[job]) for job in rows.job.tolist()]
+        listed = [NEVER if limit is None else limit for limit in of_rows]
+        rows.until = torch.minimum(rows.until, torch.tensor(listed, device=self.device))
         return ended | (rows.count >= rows.until)
 
     def _group_limit(self, place: int, now: dict[int, int] | None = None) -> int | None:
@@ -340,7 +345,8 @@ class Decoding:
         inserts = self._inserts(rows, ids)
         # Rows that insert write their token where their chunk overwrites it: this one is a draft.
         stays = torch.ones(len(rows), dtype=torch.bool, device=self.device)
-        stays[list(inserts)] = False
+        if inserts:
+            stays[list(inserts)] = False
         rows.hidden, rows.position, attended = self.intake.tokens(ids, rows.position, stays)
         if attended is not None:
             rows.attended += attended
@@ -351,13 +357,16 @@ class Decoding:
     def _inserts(self, rows: Rows, ids: Int[Tensor, " R"]) -> dict[int, Placed]:
         """What goes into the rows whose trigger has just fired."""
         found: dict[int, Placed] = {}
-        for row in self.triggers.fired(rows, ids):
-            job, count = int(rows.job[row]), int(rows.count[row])
+        if not (fired := self.triggers.fired(rows, ids)):
+            return found
+        where = torch.tensor(fired, device=self.device)
+        jobs, counts = rows.job[where].tolist(), rows.count[where].tolist()
+        drawn = rows.ids[where, : max(counts)].tolist()
+        for row, job, count, sampled in zip(fired, jobs, counts, drawn, strict=True):
             # The trigger's last token has been sampled and not been taken in: it has attended to nothing.
             attended = rows.attended[row] / max(count - 1, 1) if self.intake.width else None
-            sampled = rows.ids[row, :count].tolist()
             prompt, made = self.groups[self.owner[job]].prompt, self.placed[job]
-            if one := self.triggers.ask(prompt, sampled, made, attended):
+            if one := self.triggers.ask(prompt, sampled[:count], made, attended):
                 made.append(one)
                 found[row] = one
         return found

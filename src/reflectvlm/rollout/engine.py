@@ -113,9 +113,10 @@ class InProcessEngine:
         tokens: int | None,
     ) -> Decoding:
         self.policy.module.eval()
-        rows = sum(len(group.rollouts) for group in groups)
+        sizes = [len(group.rollouts) for group in groups]
+        rows = max([min(sum(sizes), self.max_rows), *sizes])  # a group is never split
         columns = max((self._room(group, sampling, reattention) for group in groups), default=0)
-        step, cache = self._steps.make(self.policy, min(rows, self.max_rows), columns)
+        step, cache = self._steps.make(self.policy, rows, columns)
         return Decoding(
             policy=self.policy,
             groups=groups,

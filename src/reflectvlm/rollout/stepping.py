@@ -7,6 +7,8 @@ graph for each pair that occurs. What fills up writes into rows of the cache tha
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args
@@ -21,6 +23,8 @@ from reflectvlm.rollout.cache import SlotCache
 
 if TYPE_CHECKING:
     from reflectvlm.models.qwen_vl import QwenVL
+
+log = logging.getLogger("reflectvlm")
 
 Kind: TypeAlias = Literal["auto", "stock", "lean", "graphs"]
 """stock: the model library's forward, the reference. lean: `models.decoder`. graphs: the same as CUDA graphs.
@@ -58,7 +62,9 @@ class EagerStep:
         /,
     ) -> Float[Tensor, "R D"]:
         mask = cache.begin_step(cache.lengths, cache.longest + 1)
-        return self.decoder(ids, positions, cache, mask, watch, cache.siblings())
+        # On a GPU every row reads its own keys, and looking for siblings would wait for the device.
+        siblings = cache.siblings() if ids.device.type == "cpu" else None
+        return self.decoder(ids, positions, cache, mask, watch, siblings)
 
 
 Recorder = Callable[[Callable[..., Tensor], Sequence[Tensor]], Callable[..., Tensor]]
@@ -79,6 +85,7 @@ class GraphStep:
     """`cuda_graph`, or on a CPU, where only the arithmetic can be tested, `without_graph`."""
     _recorded: dict[tuple[int, int], Callable[..., Tensor]] = field(default_factory=dict, init=False)
     _storage: tuple[int, ...] = field(default=(), init=False)
+    _told: bool = field(default=False, init=False)
 
     def __call__(
         self,
@@ -89,6 +96,11 @@ class GraphStep:
         /,
     ) -> Float[Tensor, "R D"]:
         rows, width = padded_rows(len(ids)), padded_width(cache.longest + 1)
+        if watch is None and not cache.has_room(rows, width) and not self._told:
+            self._told = True
+            log.info(
+                "%d rows of %d tokens are more than was reserved: some steps run without graphs", rows, width
+            )
         if watch is not None or not cache.has_room(rows, width):
             return EagerStep(decoder=self.decoder)(ids, positions, cache, watch)
         if self._storage != (found := cache.addresses()):
@@ -97,8 +109,9 @@ class GraphStep:
         inputs = [_filled(tensor, rows) for tensor in (ids, positions, cache.lengths)]
         if (rows, width) not in self._recorded:
             self._recorded[rows, width] = self.record(self._function(cache, width), inputs)
-        cache.begin_step(cache.lengths, width)  # for whoever asks the cache afterwards
-        return self._recorded[rows, width](*inputs)[: len(ids)]
+        made = self._recorded[rows, width](*inputs)[: len(ids)]
+        cache.begin_step(cache.lengths, cache.longest + 1)  # what rows hold, not what the graph covers
+        return made
 
     def _function(self, cache: SlotCache, width: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         def step(ids: Tensor, positions: Tensor, columns: Tensor) -> Tensor:
@@ -110,7 +123,8 @@ class GraphStep:
 @dataclass(kw_only=True, eq=False)
 class Steps:
     """Makes the step and the cache of each call of an engine. With graphs both outlive the call, because a
-    graph knows its tensors by their addresses; so does the memory of the cache."""
+    graph knows its tensors by their addresses; so does the memory of the cache, which is reserved for `rows`
+    of `columns` tokens at once. Two calls of one engine must then not go on side by side."""
 
     kind: Kind = "auto"
     _cache: SlotCache | None = field(default=None, init=False)
@@ -140,6 +154,8 @@ class Steps:
 
     def _chosen(self, policy: QwenVL) -> Kind:
         on_gpu, fits = policy.device.type == "cuda", Decoder.fits(policy)
+        if self.kind == "auto" and not fits:
+            log.info("decode=auto is the stock forward here: the decoder does not know such text layers")
         if self.kind == "auto":
             return "stock" if not fits else "graphs" if on_gpu else "lean"
         if self.kind == "graphs" and not on_gpu:
@@ -180,15 +196,17 @@ def cuda_graph(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Cal
     """Captures the function's kernels once and replays them on its buffers. The result is copied out,
     because the next replay overwrites it."""
     buffers = [tensor.clone() for tensor in inputs]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # libraries set themselves up before a capture, not in it
-        for _ in range(2):
-            function(*buffers)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph: Any = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function(*buffers)
+    with torch.cuda.device(buffers[0].device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries set themselves up before a capture, not in it
+            for _ in range(2):
+                function(*buffers)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph: Any = torch.cuda.CUDAGraph()
+        # Other threads, such as those that ask rewards, may use the GPU meanwhile.
+        with torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
+            result = function(*buffers)
 
     def replay(*values: Tensor) -> Tensor:
         _copy_all(buffers, values)
@@ -196,6 +214,12 @@ def cuda_graph(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Cal
         return result.clone()
 
     return replay
+
+
+@functools.cache
+def _pool() -> Any:
+    """One pool of memory for all graphs: they never run at the same time, and results are copied out."""
+    return torch.cuda.graph_pool_handle()
 
 
 def _copy_all(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:

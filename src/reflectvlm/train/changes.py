@@ -20,12 +20,15 @@ MayChange: TypeAlias = Callable[[str], bool]
 """Whether a run may go on with another value of this key."""
 
 _MAY_CHANGE = re.compile(
-    r"""steps | optimizer\.(?!_target_).+ | micro_tokens | engine\.max_rows | sampling\.(?!_target_).+
+    r"""steps | optimizer\.(?!_target_).+ | micro_tokens | engine\.(max_rows|decode)
+    | sampling\.(?!_target_).+
     | group_size | prompts_per_step | rows_per_step | updates_per_step | epochs_per_step
     | max_prompt_tokens | max_tokens | row_rules\..+ | drop_truncated | keep_equal_groups
     | dynamic_sampling\.(?!_target_).+ | advantage\.(?!_target_).+ | objective\.(?!kl|_target_).+
     | rubric\.(weights\..+ | max_failures | max_failed_share)
-    | on_nonfinite | max_nonfinite | evaluation(\..+)? | tag""",
+    | on_nonfinite | max_nonfinite | evaluation(\..+)? | tag
+    | workers | prefetch | overlap_rewards | partial\.(?!_target_).+ | engine\.long_tail(\..+)?
+    | policy\.(feature_cache(\..+)?|prefix_attention)""",
     re.VERBOSE,
 )
 

@@ -192,7 +192,7 @@ def _read(trainer: Any) -> tuple[Result, tuple[Prompt, ...]]:
             break
         count += 1
         try:
-            ((prompt, answer),) = looking.these([position])
+            ((prompt, answer),) = looking.these([position], ahead=False)
         except Exception as error:  # noqa: BLE001  boundary: data sets and their readers may be the user's own
             problems.append(_problem(error, rules))
             continue

@@ -85,10 +85,9 @@ class Feed:
             self._advance(position)
         return taken, position
 
-    def these(self, positions: Sequence[int]) -> list[Item]:
-        """The rows at these positions, without those that cannot be used. A single one is read here: what
-        is being read ahead is not given up for it."""
-        ahead = len(positions) > 1
+    def these(self, positions: Sequence[int], *, ahead: bool = True) -> list[Item]:
+        """The rows at these positions, without those that cannot be used. With `ahead=False` they are read
+        here: what workers are reading ahead is not given up for them."""
         with self._whole():
             found = [(p, item) for p in positions if (item := self._at(p, ahead)) is not None]
             finished = self._finished(found)

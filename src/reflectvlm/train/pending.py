@@ -147,7 +147,7 @@ class Pending:
         the rules for rows let a run go on without it."""
         saved, self._saved = self._saved, []
         for one in saved:
-            items = feed.these([one["position"]])
+            items = feed.these([one["position"]], ahead=False)
             if items:
                 self.waiting.append(_read(one, items[0][0]))
             else:
