@@ -36,7 +36,9 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
             del sys.modules[name]
 
 
-@pytest.mark.parametrize("name", ["insertion", "qwen_la", "torture", "speed/compare", "speed/gpu"])
+@pytest.mark.parametrize(
+    "name", ["insertion", "qwen_la", "torture", "overlap", "speed/compare", "speed/gpu", "speed/recipes"]
+)
 @pytest.mark.usefixtures("script")
 def test_help_is_the_docstring_as_written(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

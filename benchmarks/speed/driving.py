@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -26,6 +27,8 @@ class SideFailed(RuntimeError):
     """A side ended without a result."""
 
     def __init__(self, name: str, why: str, *, memory: bool = False) -> None:
+        # Paths are this machine's alone.
+        why = re.sub(r" \(/\S*", "", why)
         self.why, self.memory = why, memory
         super().__init__(f"{name}: {why}")
 
