@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -17,6 +18,12 @@ from reflectvlm.models.products import fast_linear, fast_products, product
 needs_onednn = pytest.mark.skipif(
     not products.available(), reason="the processor has no AVX-512, so these products are never used on it"
 )
+
+
+@pytest.fixture(autouse=True)
+def small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small ones of these tests would not be worth it."""
+    monkeypatch.setattr(products, "LEAST", 0)
 
 
 def _difference(bias: bool, shape: tuple[int, ...] = (3, 5, 40)) -> float:
@@ -159,3 +166,21 @@ def test_second_derivatives_are_refused() -> None:
     (first,) = torch.autograd.grad(fast_linear(x, weight).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+@needs_onednn
+def test_an_expanded_gradient_does_not_stop_it() -> None:
+    """Bug: a sum's gradient, one number expanded, for which oneDNN needs seconds."""
+    x, weight = torch.randn(512, 256), torch.randn(768, 256, requires_grad=True)
+    start = time.perf_counter()
+    fast_linear(x, weight).sum().backward()
+    assert time.perf_counter() - start < 1  # it took 2 s; it takes some milliseconds
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(768, -1), rtol=1e-4, atol=1e-3)
+
+
+def test_small_products_go_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a tiny model slower than before, because entering oneDNN takes longer than the product."""
+    monkeypatch.undo()
+    layer = nn.Linear(4, 3)
+    with fast_products():
+        assert type(layer(torch.randn(2, 4)).grad_fn).__name__ == "AddmmBackward0"

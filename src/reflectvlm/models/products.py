@@ -23,6 +23,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+LEAST = 2**21
+"""Multiplications from which on oneDNN is the faster one: entering it costs some microseconds."""
+
 
 @functools.cache
 def available() -> bool:
@@ -105,6 +108,8 @@ class _Linear(torch.autograd.Function):
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    # A sum's gradient is one number expanded, for which oneDNN falls back to a loop.
+    x, weight = (each.contiguous() if 0 in each.stride() else each for each in (x, weight))
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
 
 
@@ -114,7 +119,7 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and weight.dim() == 2
-        and x.numel() > 0
+        and x.numel() * len(weight) >= LEAST
     )
 
 

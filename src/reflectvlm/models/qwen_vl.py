@@ -269,7 +269,7 @@ class QwenVL:
     def score(self, batch: Batch, features: Float[Tensor, "V D"], temperature: float = 1.0) -> TokenScores:
         hidden, where = self._hidden_states(batch, features)
         row, column = batch.trained.nonzero(as_tuple=True)
-        with self._arithmetic():
+        with self._autocast():
             logprobs, entropy = self._token_scores(
                 hidden.flatten(0, 1)[where[row, batch.predictor[row, column]]],
                 self.model.lm_head.weight,
@@ -308,9 +308,14 @@ class QwenVL:
         return fused_token_scores if self.fused_head else ops.token_scores
 
     def _arithmetic(self) -> contextlib.AbstractContextManager[Any]:
-        """How matrix products are computed."""
+        """How the model's matrix products are computed."""
         if self.compute is None:
             return fast_products(self.fast_products and self.device.type == "cpu")
+        return self._autocast()
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.compute is None:
+            return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, self.compute))
 
     def _attention_mask(self, mask: Tensor | None) -> Tensor | None:

@@ -76,6 +76,11 @@ def side_by_side(
         interrupted.set()
         if stop is not None:
             stop()
+        # A lane that is about to notice must not end what the next calls begin.
+        until = time.monotonic() + 3 * SLICE_SECONDS
+        for thread in lanes:
+            if thread.ident is not None:
+                thread.join(max(0.0, until - time.monotonic()))
         raise
     if errors:
         raise errors[min(errors)]
