@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fixtures import make_prompt
+from fixtures import make_policy, make_prompt
 from reflectvlm.building import draft_of
 from reflectvlm.config import compose
 from reflectvlm.data.digits import Digits
@@ -476,3 +476,9 @@ def test_a_killed_writer_leaves_no_file_that_counts(tmp_path: Path, monkeypatch:
     stamp(left, 0)
     FolderStore(tmp_path, 10**6).put("b", torch.zeros(3))
     assert [path.name for path in tmp_path.iterdir()] == ["b.safetensors"]
+
+
+def test_a_plain_value_is_refused() -> None:
+    """Bug: `policy.feature_cache=true` ending in a TypeError at the first image."""
+    with pytest.raises(ValueError, match=r"feature_cache is True\. It takes FeatureCache, in a recipe"):
+        make_policy(feature_cache=True)

@@ -168,3 +168,10 @@ def test_a_trainer_with_it(tmp_path: Path) -> None:
 def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StopGroup(**settings)
+
+
+@pytest.mark.parametrize("wrong", [0.5, "StopGroup", True])
+def test_a_plain_value_for_long_tail_is_refused(wrong: Any) -> None:
+    """Bug: `+engine.long_tail=0.5` ending in a TypeError in the middle of a rollout."""
+    with pytest.raises(ValueError, match=r"engine.long_tail is .* It takes a rule such as StopGroup"):
+        InProcessEngine(policy=make_policy(), long_tail=wrong)

@@ -456,3 +456,10 @@ def test_what_cannot_go_together_is_refused(tmp_path: Path, caplog: Any) -> None
     trainer.step(0)
     small_rl(tmp_path).load_state(trainer.state())
     assert "groups that are begun are dropped: partial is not set" in caplog.text
+
+
+@pytest.mark.parametrize("wrong", [True, 256])
+def test_a_plain_value_for_partial_is_refused(wrong: Any, tmp_path: Path) -> None:
+    """Bug: `+partial=true` passing all checks and ending in an AttributeError at the first step."""
+    with pytest.raises(ValueError, match=r"partial is .* It takes PartialRollouts, in a recipe \{_target_:"):
+        small_rl(tmp_path, partial=wrong)

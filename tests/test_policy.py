@@ -267,6 +267,8 @@ def test_freezing(parts: tuple[Any, ...]) -> None:
 
 
 def test_freezing_refuses_nonsense(tiny_policy: QwenVL) -> None:
+    with pytest.raises(ValueError, match=r"freeze_parts is 'vision'\. It is a list: \[vision\]"):
+        freeze(tiny_policy.model, "vision")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"Cannot freeze \['tower'\]"):
         freeze(tiny_policy.model, ("tower",))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="leaves nothing to train"):

@@ -452,7 +452,9 @@ def test_settings_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"workers is -1. It must be 0, to read rows in this process, or m"):
         small_rl(tmp_path, workers=-1)
     with pytest.raises(ValueError, match=r"prefetch is 0. Read at least 1 row ahead, or give null"):
-        small_sft(tmp_path, prefetch=0)
+        small_sft(tmp_path, workers=1, prefetch=0)
+    with pytest.raises(ValueError, match=r"prefetch is 4, but workers is 0, so nothing is read ahead"):
+        small_sft(tmp_path, prefetch=4)
 
 
 @pytest.mark.parametrize("recipe", ["lookback_rl", "lookback_sft", "qwen_la_distill"])

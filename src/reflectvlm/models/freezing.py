@@ -37,6 +37,8 @@ def part_of(name: str) -> Part:
 def freeze(model: Any, parts: Sequence[Part]) -> None:
     """Raises ValueError for an unknown part, and when nothing would be left to train."""
     known = get_args(Part)
+    if isinstance(parts, str):
+        raise ValueError(f"freeze_parts is {parts!r}. It is a list: [{parts}].")  # noqa: TRY004 - user's words
     if unknown := [part for part in parts if part not in known]:
         raise ValueError(f"Cannot freeze {unknown}. A model has the parts {known}.")
     if set(parts) == set(known):

@@ -125,6 +125,11 @@ class QwenVL:
     """Keeps features for the whole run where the tower is frozen; None runs it each time."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.feature_cache, FeatureCache | None):
+            raise ValueError(  # noqa: TRY004 - what a user wrote in a recipe
+                f"feature_cache is {self.feature_cache!r}. It takes FeatureCache, in a recipe "
+                "{_target_: reflectvlm.models.feature_cache.FeatureCache, memory_mb: 512}, or null."
+            )
         if self.feature_cache is not None and self.model is not None:
             check_frozen(vision_of(self.model))
 

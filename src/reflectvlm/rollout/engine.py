@@ -43,6 +43,11 @@ class InProcessEngine:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_steps", Steps(kind=self.decode))
+        if self.long_tail is not None and not callable(self.long_tail):
+            raise ValueError(
+                f"engine.long_tail is {self.long_tail!r}. It takes a rule such as StopGroup, in a recipe "
+                "{_target_: reflectvlm.rollout.long_tail.StopGroup, share: 0.75, grace: 64}, or null."
+            )
         if self.max_rows < 1:
             raise ValueError(f"InProcessEngine.max_rows is {self.max_rows}. It must be at least 1.")
 

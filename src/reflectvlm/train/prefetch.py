@@ -47,6 +47,8 @@ def check_workers(workers: int, prefetch: int | None) -> None:
     """Raises ValueError for numbers that make no sense."""
     if workers < 0:
         raise ValueError(f"workers is {workers}. It must be 0, to read rows in this process, or more.")
+    if prefetch is not None and not workers:
+        raise ValueError(f"prefetch is {prefetch}, but workers is 0, so nothing is read ahead. Give workers.")
     if prefetch is not None and prefetch < 1:
         raise ValueError(
             f"prefetch is {prefetch}. Read at least 1 row ahead, or give null for those of one step; "

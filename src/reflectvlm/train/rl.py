@@ -182,6 +182,11 @@ class RLTrainer:
                 "reference_sync is set, but the objective has no KL term, so there is no reference. Give "
                 "objective.kl, or leave reference_sync out."
             )
+        if not isinstance(self.partial, PartialRollouts | None):
+            raise ValueError(  # noqa: TRY004 - what a user wrote in a recipe
+                f"partial is {self.partial!r}. It takes PartialRollouts, in a recipe "
+                "{_target_: reflectvlm.train.pending.PartialRollouts, tokens: 256}, or null."
+            )
         if self.partial is not None and self.dynamic_sampling is not None:
             raise ValueError(
                 "partial and dynamic_sampling are both set. A step that leaves rollouts unfinished does not "
