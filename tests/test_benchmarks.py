@@ -37,7 +37,17 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["insertion", "qwen_la", "torture", "overlap", "speed/compare", "speed/gpu", "speed/recipes"]
+    "name",
+    [
+        "insertion",
+        "qwen_la",
+        "torture",
+        "overlap",
+        "speed/compare",
+        "speed/gpu",
+        "speed/products",
+        "speed/recipes",
+    ],
 )
 @pytest.mark.usefixtures("script")
 def test_help_is_the_docstring_as_written(

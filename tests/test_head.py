@@ -228,6 +228,24 @@ def test_second_derivatives_are_refused() -> None:
         first.sum().backward()
 
 
+@pytest.mark.parametrize("rows", [0, 1, 2, head.FEW_ROWS, head.FEW_ROWS + 1])
+@pytest.mark.parametrize("bias", [False, True])
+def test_logits_of_few_rows_are_the_heads(rows: int, bias: bool) -> None:
+    """Bug: a row lost or doubled where a single one is multiplied twice, or a head's bias left out."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(WIDTH, VOCABULARY, bias=bias)
+    hidden = torch.randn(rows, WIDTH)
+    with torch.no_grad():
+        torch.testing.assert_close(head.next_token_logits(layer, hidden), layer(hidden), rtol=0, atol=1e-5)
+
+
+def test_a_wrapped_head_is_called_as_it_is() -> None:
+    """Bug: an adapter around the head that decoding passes by."""
+    wrapped = torch.nn.Sequential(torch.nn.Linear(WIDTH, VOCABULARY), torch.nn.Tanh())
+    hidden = torch.randn(3, WIDTH)
+    assert torch.equal(head.next_token_logits(wrapped, hidden), wrapped(hidden))
+
+
 class _Products(TorchDispatchMode):
     """Notes the shapes of all tensors that are made, on the way back too."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fixtures import make_policy, make_prompt
+from reflectvlm.head import fused_token_scores
 from reflectvlm.models import products
+from reflectvlm.models.decoder import Decoder
 from reflectvlm.models.products import fast_linear, fast_products, product
 
 needs_onednn = pytest.mark.skipif(
@@ -184,3 +187,30 @@ def test_small_products_go_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> Non
     layer = nn.Linear(4, 3)
     with fast_products():
         assert type(layer(torch.randn(2, 4)).grad_fn).__name__ == "AddmmBackward0"
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_setting_reaches_every_product(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: layers that obey `fast_products=False` beside a head or a decode step that does not."""
+    used = []
+    monkeypatch.setattr(
+        products, "_onednn", lambda x, weight, bias=None: used.append(1) or F.linear(x, weight, bias)
+    )
+    policy = make_policy(gain=1.0, fast_products=fast)
+    prompt = make_prompt(policy, 0)
+    parts = {
+        "layers": lambda: policy.features(prompt.patches),
+        "score": lambda: policy.score(
+            policy.batch([(prompt, policy.answer("no"))]), policy.features(prompt.patches)
+        ),
+        "decode": lambda: Decoder.of(policy).layers[0].down(torch.ones(2, 384)),
+    }
+    for name, part in parts.items():
+        used.clear()
+        with torch.no_grad():
+            part()
+        assert bool(used) == (fast and products.available()), name
+    used.clear()
+    found = fused_token_scores(torch.ones(2, 4), torch.ones(6, 4), torch.tensor([0, 1]), fast_products=fast)
+    assert bool(used) == (fast and products.available())
+    assert found[0].tolist() == pytest.approx([-math.log(6)] * 2)

@@ -2,7 +2,7 @@
 
 Rollout is TRL's `_generate`: images, chat template, generation, decoding. Update is the rest of the step:
 rewards, log-probs of reference and policy, backward pass, optimiser. Nothing is logged or saved. `Settings`
-has what was found fastest (`compare.py --tune`; docs/speed.md has the numbers).
+has what was found fastest (`compare.py --tune`; benchmarks/results/speed_tuning.md has the numbers).
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ def fused_token_scores(
     chunk: int = 1024,
     tile: int | None = None,
     entropy: bool = True,
+    fast_products: bool = True,
 ) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"]]:
     """What `ops.token_scores` gives, up to rounding. `tile` is how many vocabulary columns are worked on at
     once (None: by device). With `entropy=False` the second result is zeros and costs nothing.
@@ -69,6 +70,7 @@ def fused_token_scores(
         tile=columns,
         keep=len(hidden) <= chunk,
         entropy=entropy,
+        fast=fast_products,
         grad=torch.is_grad_enabled(),
         dtype=dtype,
     )
@@ -121,6 +123,8 @@ class Sweep:
     keep: bool
     """Logits are kept for the way back rather than computed twice."""
     entropy: bool
+    fast: bool
+    """Products on a CPU go through oneDNN (`models/products.py`)."""
     grad: bool
     """There may be a way back."""
     dtype: torch.dtype
@@ -130,7 +134,7 @@ class Sweep:
         """Logits in at least float32, a tile at a time. A tile may be overwritten: it is the caller's."""
         part = hidden[tokens].to(self.dtype)
         for ids, banned in self._tiles(len(weight)):
-            logits = product(part, weight[ids].to(self.dtype))
+            logits = product(part, weight[ids].to(self.dtype), fast=self.fast)
             logits = logits.to(torch.promote_types(self.dtype, torch.float32))
             if self.temperature != 1:
                 logits.div_(self.temperature)
@@ -196,9 +200,9 @@ class _Scores(torch.autograd.Function):
             for piece in pieces:
                 slope = _slope(piece, sweep, totals[tokens], grad[tokens])
                 if to_hidden is not None:
-                    _add_product(to_hidden[tokens], slope, weight[piece.ids].to(sweep.dtype))
+                    _add_product(to_hidden[tokens], slope, weight[piece.ids].to(sweep.dtype), sweep.fast)
                 if to_weight is not None:
-                    _add_product(to_weight[piece.ids], slope.T, part)
+                    _add_product(to_weight[piece.ids], slope.T, part, sweep.fast)
         return to_hidden, to_weight, None
 
 
@@ -250,9 +254,9 @@ def _slope(piece: Piece, sweep: Sweep, total: Tensor, grad: Tensor) -> Tensor:
     return slope.to(sweep.dtype)
 
 
-def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
+def _add_product(into: Tensor, left: Tensor, right: Tensor, fast: bool) -> None:
     """into += left @ right."""
     if into.dtype == left.dtype:
-        into.add_(product(left, right.T))
+        into.add_(product(left, right.T, fast=fast))
     else:
         into.add_(left @ right)

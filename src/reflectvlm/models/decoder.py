@@ -81,7 +81,12 @@ class Decoder:
         config = model.config
         dtype = getattr(torch, policy.compute) if policy.compute else policy.model.dtype
         cast_ = policy.compute is not None
-        weights = _Weights(dtype=dtype, joined=policy.device.type == "cpu" or cast_, cast=cast_)
+        weights = _Weights(
+            dtype=dtype,
+            joined=policy.device.type == "cpu" or cast_,
+            cast=cast_,
+            linear=fast_linear if policy.fast_products else F.linear,
+        )
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         layers = tuple(_layer(layer, weights) for layer in model.layers)
         return cls(
@@ -237,6 +242,7 @@ class _Weights:
     joined: bool
     cast: bool
     """Products have another dtype than weights."""
+    linear: Callable[..., Tensor]
     copies: list[Copy] = field(default_factory=list)
 
     def product(self, modules: Sequence[nn.Module]) -> Product:
@@ -250,7 +256,8 @@ class _Weights:
         weight = self._tensor([module.weight for module in plain])
         biases = [module.bias for module in plain if module.bias is not None]
         bias = self._tensor(biases) if biases else None
-        return lambda x: fast_linear(x, weight, bias)
+        linear = self.linear
+        return lambda x: linear(x, weight, bias)
 
     def _called(self, module: nn.Module) -> Product:
         """A module that is more than a product, under the autocast of the stock forward. Its casts are not

@@ -1,12 +1,12 @@
 """Matrix products on a CPU through oneDNN.
 
-PyTorch gives float32 products to MKL, which on AMD processors leaves half of the vector unit unused: oneDNN's
-kernels are two to four times as fast there, in the same float32 (docs/speed.md). PyTorch carries both, and
-reaches oneDNN's through the operator that its compiler uses.
+PyTorch gives float32 products to MKL, which on some processors is far behind oneDNN in the same float32
+(`python benchmarks/speed/products.py` shows it for a machine). PyTorch carries both, and reaches oneDNN's
+through the operator that its compiler uses.
 
 `fast_linear` is `torch.nn.functional.linear` with that operator, forwards and backwards; inside
-`fast_products()` every linear layer uses it. Which kernel is used depends on the processor alone, never on a
-timing, so that two equal runs on one machine are equal to the last bit.
+`fast_products()` every linear layer uses it. Which kernel is used depends on the processor and the sizes,
+never on a timing, so that two equal runs on one machine are equal to the last bit.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ def available() -> bool:
     )
 
 
-def product(left: Float[Tensor, "M K"], right: Float[Tensor, "N K"]) -> Float[Tensor, "M N"]:
-    """left right^T, without a gradient."""
-    return _onednn(left, right) if _suits(left, right) else left @ right.T
+def product(
+    left: Float[Tensor, "M K"], right: Float[Tensor, "N K"], *, fast: bool = True
+) -> Float[Tensor, "M N"]:
+    """left right^T, without a gradient; by PyTorch's own choice if not `fast`."""
+    return _onednn(left, right) if fast and _suits(left, right) else left @ right.T
 
 
 def fast_linear(

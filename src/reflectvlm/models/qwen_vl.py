@@ -310,7 +310,9 @@ class QwenVL:
 
     @property
     def _token_scores(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        return fused_token_scores if self.fused_head else ops.token_scores
+        if not self.fused_head:
+            return ops.token_scores
+        return functools.partial(fused_token_scores, fast_products=self.fast_products)
 
     def _arithmetic(self) -> contextlib.AbstractContextManager[Any]:
         """How the model's matrix products are computed."""

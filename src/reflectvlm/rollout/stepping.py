@@ -130,6 +130,7 @@ class Steps:
     _cache: SlotCache | None = field(default=None, init=False)
     _step: GraphStep | None = field(default=None, init=False)
     _weights: tuple[int, ...] = field(default=(), init=False)
+    _told: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -154,7 +155,8 @@ class Steps:
 
     def _chosen(self, policy: QwenVL) -> Kind:
         on_gpu, fits = policy.device.type == "cuda", Decoder.fits(policy)
-        if self.kind == "auto" and not fits:
+        if self.kind == "auto" and not fits and not self._told:
+            self._told = True
             log.info("decode=auto is the stock forward here: the decoder does not know such text layers")
         if self.kind == "auto":
             return "stock" if not fits else "graphs" if on_gpu else "lean"
