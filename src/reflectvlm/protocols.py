@@ -131,7 +131,8 @@ class RolloutEngine(Protocol):
     """Prompts -> a group of `n` rollouts each, in the order of the prompts.
 
     `seed` decides every random choice together with the prompt's place and the rollout's number,
-    so the same call gives the same rollouts whatever else the machine did in between.
+    so the same call gives the same rollouts whatever else the machine did in between. `places` are given
+    where several processes share a step: the places of these prompts among those of all.
 
     Two optional methods, see `rollout.engine`: `groups`, the same as an iterator of (place, group) in the
     order in which they are complete, so that rewards may begin; and `go_on`, for partial rollouts.
@@ -145,6 +146,7 @@ class RolloutEngine(Protocol):
         reattention: Reattention,
         *,
         seed: int,
+        places: Sequence[int] | None = None,
     ) -> list[tuple[Rollout, ...]]: ...
 
 

@@ -22,6 +22,7 @@ from reflectvlm import ops
 from reflectvlm.batch import Batch, TokenScores
 from reflectvlm.head import fused_token_scores, next_token_logits
 from reflectvlm.models.attention import AttentionWatch, watching
+from reflectvlm.models.called_as import called_as
 from reflectvlm.models.chat import chat_spans
 from reflectvlm.models.feature_cache import FeatureCache, check_frozen, vision_of
 from reflectvlm.models.freezing import Embeddings, Part, check_embeddings, freeze, train_only_rows
@@ -160,7 +161,7 @@ class QwenVL:
     def reserved_ids(self) -> tuple[int, ...]:
         """Ids that stand for pixels, and embedding rows that no token owns."""
         vision = self.tokenizer.convert_tokens_to_ids(list(_VISION_TOKENS))
-        spare = range(len(self.tokenizer), self.model.lm_head.weight.shape[0])
+        spare = range(len(self.tokenizer), self.model.lm_head.out_features)
         return tuple(sorted({*vision, *spare}))
 
     @property
@@ -208,9 +209,7 @@ class QwenVL:
 
     def features(self, images: Sequence[Patches]) -> Float[Tensor, "V D"]:
         if not images:
-            return torch.zeros(
-                0, self.model.lm_head.weight.shape[1], device=self.device, dtype=self.model.dtype
-            )
+            return torch.zeros(0, self.model.lm_head.in_features, device=self.device, dtype=self.model.dtype)
         if self.feature_cache is None:
             return self._encoded(images).to(self.model.dtype)
         kept = self.feature_cache(images, self.model, self.compute, self._encoded)
@@ -275,9 +274,10 @@ class QwenVL:
         hidden, where = self._hidden_states(batch, features)
         row, column = batch.trained.nonzero(as_tuple=True)
         with self._autocast():
-            logprobs, entropy = self._token_scores(
+            logprobs, entropy = called_as(
+                self.model.lm_head,
+                self._token_scores,
                 hidden.flatten(0, 1)[where[row, batch.predictor[row, column]]],
-                self.model.lm_head.weight,
                 batch.ids[row, column],
                 banned=self.banned,
                 temperature=temperature,

@@ -59,8 +59,9 @@ class InProcessEngine:
         reattention: Reattention,
         *,
         seed: int,
+        places: Sequence[int] | None = None,
     ) -> list[tuple[Rollout, ...]]:
-        found = dict(self.groups(prompts, n, sampling, reattention, seed=seed))
+        found = dict(self.groups(prompts, n, sampling, reattention, seed=seed, places=places))
         return [found[place] for place in range(len(prompts))]
 
     def groups(
@@ -71,11 +72,16 @@ class InProcessEngine:
         reattention: Reattention,
         *,
         seed: int,
+        places: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, tuple[Rollout, ...]]]:
-        """The same groups, each with its prompt's place, in the order in which they are complete."""
+        """The same groups, each with its prompt's number among `prompts`, in the order in which they are
+        complete. `places` are the prompts' places in the whole step, where other processes have the rest."""
         if n < 1:
             raise ValueError(f"generate was asked for n={n} rollouts per prompt. Ask for at least 1.")
-        fresh = [BegunGroup.fresh(prompt, n, seed, place) for place, prompt in enumerate(prompts)]
+        drawn = range(len(prompts)) if places is None else places
+        fresh = [
+            BegunGroup.fresh(prompt, n, seed, place) for prompt, place in zip(prompts, drawn, strict=True)
+        ]
         for place, group in self.go_on(fresh, sampling, reattention):
             yield place, group.finished(self.policy)
 
