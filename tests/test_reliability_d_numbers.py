@@ -49,6 +49,7 @@ OBJECTIVES: list[ClippedSurrogate] = [
     gspo(),
     ClippedSurrogate(dual_clip=3.0),
     ClippedSurrogate(ratio="sequence", dual_clip=3.0, reduce="token_mean", kl=KL(0.1, "k2")),
+    grpo(kl=KL(0.1, "full")),
     BRPO,
 ]
 NO_DECAY = AdamW(lr=1e-3, weight_decay=0.0)

@@ -21,7 +21,7 @@ from reflectvlm.advantages import GroupMean
 from reflectvlm.batch import Batch
 from reflectvlm.models.carried import carry
 from reflectvlm.models.qwen_vl import QwenVL
-from reflectvlm.objectives import ClippedSurrogate
+from reflectvlm.objectives import ClippedSurrogate, wants_full_kl
 from reflectvlm.protocols import Advantage, Objective, Reattention, RolloutEngine
 from reflectvlm.reattention import Implicit, check_reattention
 from reflectvlm.rewards.early import Early
@@ -348,7 +348,7 @@ class RLTrainer:
         batch = dataclasses.replace(batch, advantages=torch.tensor(advantages, device=batch.ids.device))
         counts = self.runtime.sum({"tokens": batch.num_tokens, "sequences": batch.num_sequences})
         batch = dataclasses.replace(batch, num_tokens=counts["tokens"], num_sequences=counts["sequences"])
-        if self.reference is None:
+        if self.reference is None or wants_full_kl(self.objective):
             return batch
         temperature = self.sampling.logprob_temperature
         return dataclasses.replace(
@@ -420,6 +420,7 @@ class RLTrainer:
             micro_tokens=self.micro_tokens,
             max_grad_norm=self.optimizer.max_grad_norm,
             temperature=self.sampling.logprob_temperature,
+            reference=self.reference if wants_full_kl(self.objective) else None,
             on_nonfinite=self.on_nonfinite,
         )
 

@@ -3,16 +3,17 @@ turns log-probs into a loss."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from reflectvlm.batch import Batch, LossInputs, LossOutputs
+from reflectvlm.batch import Batch, LossInputs, LossOutputs, ReferenceStates
 from reflectvlm.interrupt import committed, safe_point
-from reflectvlm.protocols import Objective, Policy
+from reflectvlm.protocols import Objective, Policy, Reference
 from reflectvlm.train.budget import MICRO_TOKENS, image_parts, passes
 from reflectvlm.train.precision import check_trainable_dtype
 from reflectvlm.train.runtime import Runtime
@@ -48,6 +49,8 @@ class Updater:
     """Most tokens of one pass, padding included, and most visual tokens of one pass of the vision tower
     (`budget.py`); bounds memory and changes no result."""
     temperature: float = 1.0
+    reference: Reference | None = None
+    """Whom the objective's exact KL compares with; None where it has none."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     skipped: list[NonFinite] = field(default_factory=list, init=False)
     """Batches left out, until somebody takes them."""
@@ -99,16 +102,25 @@ class Updater:
             with torch.no_grad():
                 features = torch.cat([first.detach(), *(self.policy.features(part) for part in parts[1:])])
         leaf = features.detach().requires_grad_(first.requires_grad)
+        compared = self._compared(parts)
         outputs = []
         for piece in batch.split(_passes(self.policy, batch, self.micro_tokens)):
             safe_point()
-            scores = self.policy.score(piece, leaf, self.temperature)
-            outputs.append(self.objective(loss_inputs(piece, scores.logprobs, scores.entropy)))
+            scores = self.policy.score(piece, leaf, self.temperature, reference=compared(piece))
+            outputs.append(self.objective(loss_inputs(piece, scores.logprobs, scores.entropy, scores.kl)))
             self.runtime.backward(outputs[-1].loss)
         if leaf.grad is not None:
             for number, (part, grad) in enumerate(zip(parts, _by_part(leaf.grad, parts), strict=True)):
                 (first if number == 0 else self.policy.features(part)).backward(grad)
         return outputs
+
+    def _compared(self, parts: Sequence[tuple[Patches, ...]]) -> Callable[[Batch], ReferenceStates | None]:
+        """What the reference says about a micro-batch. Its features are computed once, here."""
+        if self.reference is None:
+            return lambda _: None
+        return functools.partial(
+            self.reference.states, features=_features_without_grad(self.reference, parts)
+        )
 
 
 def first_broken_weight(module: nn.Module) -> str | None:
@@ -123,7 +135,7 @@ def _by_part(grad: Tensor, parts: Sequence[tuple[Patches, ...]]) -> tuple[Tensor
     return grad.split([sum(image.grid.tokens for image in part) for part in parts])
 
 
-def loss_inputs(batch: Batch, logprobs: Tensor, entropy: Tensor) -> LossInputs:
+def loss_inputs(batch: Batch, logprobs: Tensor, entropy: Tensor, kl: Tensor | None = None) -> LossInputs:
     return LossInputs(
         logprobs=logprobs,
         old_logprobs=batch.old_logprobs,
@@ -133,20 +145,26 @@ def loss_inputs(batch: Batch, logprobs: Tensor, entropy: Tensor) -> LossInputs:
         mask=batch.trained,
         num_tokens=batch.num_tokens,
         num_sequences=batch.num_sequences,
+        kl=kl,
     )
 
 
 def score_without_grad(policy: Policy, batch: Batch, micro_tokens: int, temperature: float) -> Tensor:
     """Log-probs [B, T] of the batch's trained tokens, in passes of at most `micro_tokens` tokens."""
     with torch.no_grad():
-        features = torch.cat([policy.features(part) for part in image_parts(batch.images, micro_tokens)])
+        features = _features_without_grad(policy, image_parts(batch.images, micro_tokens))
         result = torch.zeros(batch.ids.shape, device=batch.ids.device)
         for which in _passes(policy, batch, micro_tokens):
             piece = batch.rows(which)
-            scores = policy.score(piece, features, temperature).logprobs.to(result.dtype)
+            scores = policy.score(piece, features, temperature, entropy=False).logprobs.to(result.dtype)
             columns = batch.layout.rows(which.numpy()).columns
             result[which.to(result.device), columns] = torch.where(piece.trained, scores, 0.0)
         return result
+
+
+def _features_without_grad(model: Policy | Reference, parts: Sequence[tuple[Patches, ...]]) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([model.features(part) for part in parts])
 
 
 def _passes(policy: Policy, batch: Batch, micro_tokens: int) -> list[Tensor]:
