@@ -190,7 +190,9 @@ def test_the_references_tower_runs_once_an_update(models: tuple[QwenVL, QwenVL])
     policy, reference = models
     calls: list[int] = []
     hook = reference.model.model.visual.register_forward_hook(lambda *_: calls.append(1))
-    updated(policy, reference, make_batch(policy), 1)
+    batch = make_batch(policy)
+    assert len(passes(batch.layout, 150, share_prefix=True)) > 1
+    updated(policy, reference, batch, 150)
     hook.remove()
     assert calls == [1]
 
@@ -231,7 +233,7 @@ def test_a_training_step_equals_plain_autograd(tmp_path: Path, make: Any) -> Non
     trainer.prepare()
     assert trainer.reference is not None
     with torch.no_grad():
-        trainer.policy.model.lm_head.weight[100:600] *= 1.5
+        trainer.policy.model.model.language_model.norm.weight *= 1.3  # surer of everything
         trainer.policy.model.model.visual.merger.mlp[0].weight *= 1.2
     groups = trainer.sample_groups(0)
     if make is small_brpo_copy:
@@ -247,7 +249,7 @@ def test_a_training_step_equals_plain_autograd(tmp_path: Path, make: Any) -> Non
     metrics = trainer.update(groups, 0)
     assert metrics["loss"] == pytest.approx(loss, abs=1e-5)
     assert metrics["kl"] == pytest.approx(kl, abs=1e-5)
-    assert kl > 0.01
+    assert kl > 1e-3
 
 
 def test_the_sampled_estimates_ask_for_no_states(tmp_path: Path) -> None:
