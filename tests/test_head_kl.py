@@ -62,7 +62,13 @@ class Inputs:
 
 
 def farthest(one: list[Tensor], other: list[Tensor]) -> float:
-    return max(float((a - b).abs().max()) if a.numel() else 0.0 for a, b in zip(one, other, strict=True))
+    """Largest difference, relative to what is above 1; NaN if there is one anywhere."""
+    gaps = [
+        (a - b).abs().max().double() / b.abs().max().clamp(min=1.0)
+        for a, b in zip(one, other, strict=True)
+        if b.numel()
+    ]
+    return float(torch.stack(gaps).max()) if gaps else 0.0
 
 
 def by_hand(inputs: Inputs, temperature: float, banned: list[int]) -> tuple[Tensor, Tensor]:
@@ -309,6 +315,17 @@ def test_tiles_that_are_banned_as_a_whole_are_empty(tile: int) -> None:
         banned=banned, tile=tile,
     )  # fmt: skip
     assert farthest([kl], [by_hand(inputs, 1.0, banned)[0]]) < EXACT
+
+
+def test_certainty_stays_finite() -> None:
+    """Bug: e^(z - y) or 0 * inf where one model is sure of what the other calls impossible."""
+    inputs = Inputs(3, torch.float32)
+    inputs.hidden *= 1e4
+    inputs.theirs *= -1e4
+    fused, plain = inputs.fused(tile=4), inputs.plain()
+    assert all(bool(each.isfinite().all()) for each in (*fused, *plain))
+    assert fused[2].min() > 1e3
+    assert farthest(fused, plain) < ROUNDED
 
 
 @pytest.mark.parametrize("side", ["hidden", "theirs"])
