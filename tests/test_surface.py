@@ -105,6 +105,7 @@ PROTOCOLS = {
     "Objective": "__call__",
     "Policy": "answer batch decode features module offsets prompt prompt_length reserved_ids save score",
     "Reattention": "__call__ probe trigger",
+    "Reference": "features states",
     "Reward": "__call__",
     "RolloutEngine": "generate",
     "Tracker": "close metrics rollouts start",

@@ -130,7 +130,20 @@ class TokenScores:
 
     logprobs: Float[Tensor, "B T"]
     entropy: Float[Tensor, "B T"]
-    """Entropy in nats of the distribution the token was drawn from; carries no gradient."""
+    """Entropy in nats of the distribution the token was drawn from; carries no gradient. Zeros where nobody
+    asked for it."""
+    kl: Float[Tensor, "B T"] | None = None
+    """KL(policy || reference) of that distribution, exactly, with its gradient; None without a reference."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReferenceStates:
+    """What the exact KL to a reference needs of it. Carries no gradient."""
+
+    hidden: Float[Tensor, "K E"]
+    """Hidden states from which the batch's trained tokens are predicted, row after row."""
+    weight: Float[Tensor, "V E"]
+    """The head."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -147,6 +160,8 @@ class LossInputs:
     """Trained tokens of the whole update: the denominator of a token mean."""
     num_sequences: float
     """Sequences of the whole update: the denominator of a sequence mean."""
+    kl: Float[Tensor, "B T"] | None = None
+    """`TokenScores.kl`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from reflectvlm.batch import Batch, LossInputs, LossOutputs, TokenScores
+from reflectvlm.batch import Batch, LossInputs, LossOutputs, ReferenceStates, TokenScores
 from reflectvlm.rewards.verdict import Verdict
 from reflectvlm.types import (
     AttentionProbe,
@@ -197,8 +197,17 @@ class Policy(Protocol):
         """Visual features of these images, one after another."""
         ...
 
-    def score(self, batch: Batch, features: Float[Tensor, "V D"], temperature: float = 1.0) -> TokenScores:
-        """Log-prob and entropy of every trained token."""
+    def score(
+        self,
+        batch: Batch,
+        features: Float[Tensor, "V D"],
+        temperature: float = 1.0,
+        *,
+        entropy: bool = True,
+        reference: ReferenceStates | None = None,
+    ) -> TokenScores:
+        """Log-prob and entropy of every trained token; with the states of a reference at the same tokens the
+        exact KL to it. `entropy=False` leaves the entropy out."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -211,6 +220,19 @@ class Policy(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text with every tag, special ones too: rewards must see special tags too."""
+        ...
+
+
+@runtime_checkable
+class Reference(Protocol):
+    """Whom an exact KL compares the policy with: a frozen copy of it, or whatever else has its vocabulary."""
+
+    def features(self, images: Sequence[Patches]) -> Float[Tensor, "V D"]:
+        """Visual features of these images, one after another, of its own tower."""
+        ...
+
+    def states(self, batch: Batch, features: Float[Tensor, "V D"]) -> ReferenceStates:
+        """Hidden states at the trained tokens, and the head; without a gradient."""
         ...
 
 

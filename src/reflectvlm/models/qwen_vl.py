@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,8 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reflectvlm import ops
-from reflectvlm.batch import Batch, TokenScores
-from reflectvlm.head import fused_token_scores, next_token_logits
+from reflectvlm.batch import Batch, ReferenceStates, TokenScores
+from reflectvlm.head import fused_scores_and_kl, fused_token_scores, next_token_logits
 from reflectvlm.models.attention import AttentionWatch, watching
 from reflectvlm.models.called_as import called_as
 from reflectvlm.models.chat import chat_spans
@@ -270,24 +270,48 @@ class QwenVL:
         fill = logits.index_fill if logits.requires_grad else logits.index_fill_
         return fill(-1, self.banned, float("-inf"))
 
-    def score(self, batch: Batch, features: Float[Tensor, "V D"], temperature: float = 1.0) -> TokenScores:
-        hidden, where = self._hidden_states(batch, features)
+    def score(
+        self,
+        batch: Batch,
+        features: Float[Tensor, "V D"],
+        temperature: float = 1.0,
+        *,
+        entropy: bool = True,
+        reference: ReferenceStates | None = None,
+    ) -> TokenScores:
         row, column = batch.trained.nonzero(as_tuple=True)
+        hidden = self._predicting(batch, features, row, column)
         with self._autocast():
-            logprobs, entropy = called_as(
+            logprobs, spread, kl = called_as(
                 self.model.lm_head,
                 self._token_scores,
-                hidden.flatten(0, 1)[where[row, batch.predictor[row, column]]],
+                hidden,
                 batch.ids[row, column],
+                reference,
                 banned=self.banned,
                 temperature=temperature,
                 chunk=self.chunk,
+                entropy=entropy,
             )
         empty = torch.zeros(batch.ids.shape, device=logprobs.device, dtype=logprobs.dtype)
         return TokenScores(
             logprobs=empty.index_put((row, column), logprobs),
-            entropy=empty.index_put((row, column), entropy),
+            entropy=empty.index_put((row, column), spread),
+            kl=None if kl is None else empty.index_put((row, column), kl),
         )
+
+    def states(self, batch: Batch, features: Float[Tensor, "V D"]) -> ReferenceStates:
+        """Satisfies `protocols.Reference`."""
+        with torch.no_grad():
+            hidden = self._predicting(batch, features, *batch.trained.nonzero(as_tuple=True))
+            return ReferenceStates(hidden=hidden, weight=self.model.lm_head.weight.detach())
+
+    def _predicting(
+        self, batch: Batch, features: Float[Tensor, "V D"], row: Int[Tensor, " K"], column: Int[Tensor, " K"]
+    ) -> Float[Tensor, "K D"]:
+        """Hidden states from which these tokens are predicted."""
+        hidden, where = self._hidden_states(batch, features)
+        return hidden.flatten(0, 1)[where[row, batch.predictor[row, column]]]
 
     def _hidden_states(
         self, batch: Batch, features: Float[Tensor, "V D"]
@@ -308,11 +332,26 @@ class QwenVL:
         heads = heads_of(self.model.model.language_model, dtype)
         return choose(self.prefix_attention, attention, heads, line)
 
-    @property
-    def _token_scores(self) -> Callable[..., tuple[Tensor, Tensor]]:
+    def _token_scores(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        reference: ReferenceStates | None,
+        *,
+        entropy: bool,
+        **settings: Any,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-probs, entropies, and the KL to a reference if there is one."""
+        ours = hidden, weight
+        theirs = None if reference is None else (reference.hidden, reference.weight)
         if not self.fused_head:
-            return ops.token_scores
-        return functools.partial(fused_token_scores, fast_products=self.fast_products)
+            kl = None if theirs is None else ops.token_kl(*ours, *theirs, **settings)
+            return *ops.token_scores(*ours, targets, entropy=entropy, **settings), kl
+        settings |= {"entropy": entropy, "fast_products": self.fast_products}
+        if theirs is None:
+            return *fused_token_scores(*ours, targets, **settings), None
+        return fused_scores_and_kl(*ours, targets, *theirs, **settings)
 
     def _arithmetic(self) -> contextlib.AbstractContextManager[Any]:
         """How the model's matrix products are computed."""

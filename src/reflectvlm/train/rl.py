@@ -21,7 +21,7 @@ from reflectvlm.advantages import GroupMean
 from reflectvlm.batch import Batch
 from reflectvlm.models.carried import carry
 from reflectvlm.models.qwen_vl import QwenVL
-from reflectvlm.objectives import ClippedSurrogate
+from reflectvlm.objectives import ClippedSurrogate, wants_full_kl
 from reflectvlm.protocols import Advantage, Objective, Reattention, RolloutEngine
 from reflectvlm.pulse import phase
 from reflectvlm.reattention import Implicit, check_reattention
@@ -190,6 +190,11 @@ class RLTrainer:
             raise ValueError(
                 "reference_sync is set, but the objective has no KL term, so there is no reference. Give "
                 "objective.kl, or leave reference_sync out."
+            )
+        if wants_full_kl(self.objective) and self.compute.stage == 3:
+            raise ValueError(
+                "objective.kl.estimator is 'full' with compute=zero3, where nobody has the reference's whole "
+                "head. Take estimator k3 or k2, or compute=zero2."
             )
         if self.reference_sync is not None and self.compute.stage == 3:
             raise ValueError(
@@ -389,7 +394,7 @@ class RLTrainer:
         batch = dataclasses.replace(batch, advantages=torch.tensor(advantages, device=batch.ids.device))
         counts = self.runtime.sum({"tokens": batch.num_tokens, "sequences": batch.num_sequences})
         batch = dataclasses.replace(batch, num_tokens=counts["tokens"], num_sequences=counts["sequences"])
-        if self.reference is None:
+        if self.reference is None or wants_full_kl(self.objective):
             return batch
         return dataclasses.replace(batch, ref_logprobs=self.reference_scores(batch))
 
@@ -484,6 +489,7 @@ class RLTrainer:
             micro_tokens=self.micro_tokens,
             max_grad_norm=self.optimizer.max_grad_norm,
             temperature=self.sampling.logprob_temperature,
+            reference=self.reference if wants_full_kl(self.objective) else None,
             on_nonfinite=self.on_nonfinite,
         )
 

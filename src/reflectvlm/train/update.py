@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from reflectvlm.batch import Batch, LossInputs, LossOutputs
+from reflectvlm.batch import Batch, LossInputs, LossOutputs, ReferenceStates
 from reflectvlm.interrupt import safe_point
-from reflectvlm.protocols import Objective, Policy
+from reflectvlm.protocols import Objective, Policy, Reference
 from reflectvlm.train.budget import MICRO_TOKENS, image_parts, passes
 from reflectvlm.train.in_step import InStep
 from reflectvlm.train.precision import check_trainable_dtype
@@ -53,6 +53,8 @@ class Updater:
     """Most tokens of one pass, padding included, and most visual tokens of one pass of the vision tower
     (`budget.py`); bounds memory and changes no result."""
     temperature: float = 1.0
+    reference: Reference | None = None
+    """Whom the objective's exact KL compares with; None where it has none."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     skipped: list[NonFinite] = field(default_factory=list, init=False)
     """Batches left out, until somebody takes them."""
@@ -133,6 +135,7 @@ class Updater:
                 shown = torch.cat([first.detach(), *others])
         leaf = shown.detach().requires_grad_(tower)
         pieces = self.in_step.passes(_passes(self.policy, batch, self.micro_tokens))
+        compared = self._compared(parts)
         outputs = []
         for number, rows in enumerate(pieces):
             safe_point()
@@ -140,7 +143,8 @@ class Updater:
             if rows is None:
                 self.weights.backward(run(self._nothing), last=last)
             else:
-                outputs.append(self._pass(batch.rows(rows), leaf, last=last))
+                piece = batch.rows(rows)
+                outputs.append(self._pass(piece, leaf, compared(piece), last=last))
         if tower and (leaf.grad is not None or in_step):
             grads = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
             for number, (part, grad) in enumerate(zip(parts, _by_part(grads, parts), strict=True)):
@@ -156,8 +160,8 @@ class Updater:
     def _open(self, images: bool) -> bool:
         """A pass without rows that comes before all others; tells whether the tower trains.
 
-        DeepSpeed overwrites its gradients in the first backward pass of an update and adds in the others. What
-        has no gradient in the first would be added to what is left of the update before.
+        DeepSpeed overwrites its gradients in the first backward pass of an update and adds in the others.
+        What has no gradient in the first would be added to what is left of the update before.
         """
         kept: list[bool] = []
 
@@ -169,13 +173,15 @@ class Updater:
         self.weights.backward(self.weights.run(forward))
         return kept[0]
 
-    def _pass(self, piece: Batch, features: Tensor, *, last: bool) -> LossOutputs:
+    def _pass(
+        self, piece: Batch, features: Tensor, reference: ReferenceStates | None, *, last: bool
+    ) -> LossOutputs:
         """One micro-batch, forward and back."""
         kept: list[LossOutputs] = []
 
         def forward() -> Tensor:
-            scores = self.policy.score(piece, features, self.temperature)
-            kept.append(self.objective(loss_inputs(piece, scores.logprobs, scores.entropy)))
+            scores = self.policy.score(piece, features, self.temperature, reference=reference)
+            kept.append(self.objective(loss_inputs(piece, scores.logprobs, scores.entropy, scores.kl)))
             return kept[0].loss
 
         self.weights.backward(self.weights.run(forward), last=last)
@@ -185,6 +191,14 @@ class Updater:
         """The loss of a pass that is made up: 0, through every layer."""
         row = self.in_step.row
         return 0 * self.policy.score(row, self.policy.features(()), self.temperature).logprobs.sum()
+
+    def _compared(self, parts: Sequence[tuple[Patches, ...]]) -> Callable[[Batch], ReferenceStates | None]:
+        """What the reference says about a micro-batch. Its features are computed once, here."""
+        if self.reference is None:
+            return lambda _: None
+        return functools.partial(
+            self.reference.states, features=_features_without_grad(self.reference, parts)
+        )
 
 
 def first_broken_weight(module: nn.Module) -> str | None:
@@ -199,7 +213,7 @@ def _by_part(grad: Tensor, parts: Sequence[tuple[Patches, ...]]) -> tuple[Tensor
     return grad.split([sum(image.grid.tokens for image in part) for part in parts])
 
 
-def loss_inputs(batch: Batch, logprobs: Tensor, entropy: Tensor) -> LossInputs:
+def loss_inputs(batch: Batch, logprobs: Tensor, entropy: Tensor, kl: Tensor | None = None) -> LossInputs:
     return LossInputs(
         logprobs=logprobs,
         old_logprobs=batch.old_logprobs,
@@ -209,6 +223,7 @@ def loss_inputs(batch: Batch, logprobs: Tensor, entropy: Tensor) -> LossInputs:
         mask=batch.trained,
         num_tokens=batch.num_tokens,
         num_sequences=batch.num_sequences,
+        kl=kl,
     )
 
 
@@ -238,12 +253,18 @@ def score_without_grad(
                 run(lambda: policy.score(in_step.row, policy.features(()), temperature).logprobs)
                 continue
             piece = batch.rows(which)
-            scores = run(lambda piece=piece: policy.score(piece, features, temperature).logprobs)
+            ask = functools.partial(policy.score, piece, features, temperature, entropy=False)
+            scores = run(lambda ask=ask: ask().logprobs)  # type: ignore[misc]
             columns = batch.layout.rows(which.numpy()).columns
             result[which.to(result.device), columns] = torch.where(
                 piece.trained, scores.to(result.dtype), 0.0
             )
         return result
+
+
+def _features_without_grad(model: Policy | Reference, parts: Sequence[tuple[Patches, ...]]) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([model.features(part) for part in parts])
 
 
 def _passes(policy: Policy, batch: Batch, micro_tokens: int) -> list[Tensor]:
