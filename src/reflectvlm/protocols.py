@@ -191,11 +191,11 @@ class Policy(Protocol):
         """Rows of prompt + answer spans -> one batch on the policy's device."""
         ...
 
-    def features(self, images: Sequence[Patches]) -> Float[Tensor, "V D"]:
+    def features(self, images: Sequence[Patches]) -> Float[Tensor, "V F"]:
         """Visual features of these images, one after another."""
         ...
 
-    def score(self, batch: Batch, features: Float[Tensor, "V D"], temperature: float = 1.0) -> TokenScores:
+    def score(self, batch: Batch, features: Float[Tensor, "V F"], temperature: float = 1.0) -> TokenScores:
         """Log-prob and entropy of every trained token."""
         ...
 

@@ -46,7 +46,7 @@ class Family:
         """Numbers in a feature row."""
         return int(config.get_text_config().hidden_size) * (1 + self.layers(config))
 
-    def rows(self, made: Any) -> Float[Tensor, "V W"]:
+    def rows(self, made: Any) -> Float[Tensor, "V F"]:
         """What `get_image_features` gives, as feature rows."""
         last = _whole(made.pooler_output)
         if not self.deepstack:
@@ -98,7 +98,7 @@ class Embedded:
 
 
 def with_features(
-    tokens: Float[Tensor, "B T D"], visual: Int[Tensor, "B T"], features: Float[Tensor, "V W"]
+    tokens: Float[Tensor, "B T D"], visual: Int[Tensor, "B T"], features: Float[Tensor, "V F"]
 ) -> Embedded:
     """Puts feature row `visual[b, t]` at token t of row b; -1: text, whose embedding stays."""
     if len(features) == 0:

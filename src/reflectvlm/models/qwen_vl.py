@@ -211,7 +211,7 @@ class QwenVL:
     def batch(self, sequences: Sequence[tuple[Prompt, Spans]]) -> Batch:
         return collate(sequences, self.vision, self.pad_id, side=self.padding_side).to(self.device)
 
-    def features(self, images: Sequence[Patches]) -> Float[Tensor, "V D"]:
+    def features(self, images: Sequence[Patches]) -> Float[Tensor, "V F"]:
         """One row for each visual token, with all that the language model takes of it (`families.py`)."""
         if not images:
             width = self.family.width(self.model.config)
@@ -221,7 +221,7 @@ class QwenVL:
         kept = self.feature_cache(images, self.model, self.compute, self._encoded)
         return torch.cat([one.to(self.device) for one in kept]).to(self.model.dtype)
 
-    def _encoded(self, images: Sequence[Patches]) -> Float[Tensor, "V D"]:
+    def _encoded(self, images: Sequence[Patches]) -> Float[Tensor, "V F"]:
         """One pass of vision tower and projector; features in the dtype they come in."""
         merge = self.image_processor.merge_size
         grids = [(i.grid.frames, i.grid.rows * merge, i.grid.columns * merge) for i in images]
@@ -233,7 +233,7 @@ class QwenVL:
         return self.family.rows(made)
 
     def embed(
-        self, ids: Int[Tensor, "B T"], visual: Int[Tensor, "B T"], features: Float[Tensor, "V D"]
+        self, ids: Int[Tensor, "B T"], visual: Int[Tensor, "B T"], features: Float[Tensor, "V F"]
     ) -> Embedded:
         """Input embeddings with features where `visual` names a feature row."""
         width = self.family.width(self.model.config)
@@ -274,7 +274,7 @@ class QwenVL:
         fill = logits.index_fill if logits.requires_grad else logits.index_fill_
         return fill(-1, self.banned, float("-inf"))
 
-    def score(self, batch: Batch, features: Float[Tensor, "V D"], temperature: float = 1.0) -> TokenScores:
+    def score(self, batch: Batch, features: Float[Tensor, "V F"], temperature: float = 1.0) -> TokenScores:
         hidden, where = self._hidden_states(batch, features)
         row, column = batch.trained.nonzero(as_tuple=True)
         with self._autocast():
@@ -293,7 +293,7 @@ class QwenVL:
         )
 
     def _hidden_states(
-        self, batch: Batch, features: Float[Tensor, "V D"]
+        self, batch: Batch, features: Float[Tensor, "V F"]
     ) -> tuple[Float[Tensor, "N S D"], Int[Tensor, "B T"]]:
         """Hidden states, and for each token of the batch its place in them, as n * S + s."""
         if self.share_prefix and (line := line_up(batch)) is not None:
