@@ -471,14 +471,14 @@ def like_qwen3(policy: QwenVL) -> QwenVL:
     return dataclasses.replace(policy, tokenizer=tokenizer)
 
 
-@pytest.mark.parametrize("system", ["", "Be brief."])
-def test_prompts_are_those_of_the_template(system: str) -> None:
+@pytest.mark.parametrize("system", [None, "", "Be brief."])
+def test_prompts_are_those_of_the_template(system: str | None) -> None:
     """Bug: a system turn that the model has not been trained with and nobody can leave out, or `<think>` of a
     question cut into other tokens than by the model's own tokenizer."""
     policy = like_qwen3(exact("qwen3_vl"))
     sample = make_sample(0, "<image>Think in <think> tags.")
     prompt = policy.prompt(sample, Instruction(system=system))
-    turns: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    turns: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
     turns.append(
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.question[7:]}]}
     )
@@ -490,11 +490,11 @@ def test_prompts_are_those_of_the_template(system: str) -> None:
     assert policy.tokenizer.convert_tokens_to_ids("<think>") in ours
 
 
-def test_an_empty_system_turn_is_the_templates_default() -> None:
+def test_no_system_turn_is_the_templates_default() -> None:
     """Bug: an empty turn where Qwen2.5-VL's template would write its own."""
     policy = exact("qwen2_5_vl")
     sample = make_sample(0)
-    assert policy.prompt(sample, Instruction(system="")).spans == policy.prompt(sample, Instruction()).spans
+    assert policy.prompt(sample, Instruction(system=None)).spans == policy.prompt(sample, Instruction()).spans
 
 
 def test_tags_that_are_tokens_are_encoded_and_decoded_as_such() -> None:

@@ -72,7 +72,7 @@ def _messages(sample: Sample, instruction: Instruction, stand_in: Any) -> list[d
     elif instruction.text:
         content.append({"type": "text", "text": stand_in("\n" + instruction.text)})
     turn = {"role": "user", "content": content}
-    return [{"role": "system", "content": stand_in(system)}, turn] if system else [turn]
+    return [turn] if system is None else [{"role": "system", "content": stand_in(system)}, turn]
 
 
 def _with_images(ids: list[int], vision: VisionIds, sample: Sample) -> Spans:

@@ -121,9 +121,10 @@ def tiny_model(tokenizer: Any, seed: int = 0, family: TinyFamily = "qwen2_5_vl")
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     config = tiny_config(tokenizer, family)
+    make: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](config)
+        return make(config)
 
 
 def random_tiny(seed: int = 0, family: TinyFamily = "qwen2_5_vl") -> QwenVL:
