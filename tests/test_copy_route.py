@@ -119,7 +119,11 @@ def stock_logits(policy: QwenVL, rollout: Rollout) -> tuple[Tensor, Tensor]:
         keep = ~inside
         keep[torch.cat(kept)] = True
         columns = keep.nonzero().flatten()
-        deep = [torch.cat(list(layer))[keep[inside]] for layer in getattr(made, "deepstack_features", ())]
+        layers = getattr(
+            made, "deepstack_features", ()
+        )  # of all images or, in later versions, image by image
+        whole = (layer if isinstance(layer, Tensor) else torch.cat(layer) for layer in layers)
+        deep = [layer[keep[inside]] for layer in whole]
         added = {"visual_pos_masks": inside[columns][None], "deepstack_visual_embeds": deep} if deep else {}
         out = model.model.language_model(
             inputs_embeds=embedded[:, columns], position_ids=positions[:, :, columns], **added
