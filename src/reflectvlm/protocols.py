@@ -193,14 +193,14 @@ class Policy(Protocol):
         """Rows of prompt + answer spans -> one batch on the policy's device."""
         ...
 
-    def features(self, images: Sequence[Patches]) -> Float[Tensor, "V D"]:
+    def features(self, images: Sequence[Patches]) -> Float[Tensor, "V F"]:
         """Visual features of these images, one after another."""
         ...
 
     def score(
         self,
         batch: Batch,
-        features: Float[Tensor, "V D"],
+        features: Float[Tensor, "V F"],
         temperature: float = 1.0,
         *,
         entropy: bool = True,
@@ -231,7 +231,7 @@ class Reference(Protocol):
         """Visual features of these images, one after another, of its own tower."""
         ...
 
-    def states(self, batch: Batch, features: Float[Tensor, "V D"]) -> ReferenceStates:
+    def states(self, batch: Batch, features: Float[Tensor, "V F"]) -> ReferenceStates:
         """Hidden states at the trained tokens, and the head; without a gradient."""
         ...
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from reflectvlm.models.families import family_of
 from reflectvlm.models.products import checkpoint_contexts
 from reflectvlm.models.trust import no_safetensors, refuse_code
 
@@ -22,7 +23,7 @@ Attention = Literal["auto", "eager", "sdpa"]
 
 
 def image_processor_class() -> Any:
-    """Qwen2-VL's image processor on PIL, which needs no torchvision."""
+    """The image processor of all families (`families.py`) on PIL, which needs no torchvision."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     return Qwen2VLImageProcessorPil
@@ -62,12 +63,7 @@ def load_model(path: str, *, dtype: Dtype, attention: Attention, trust_remote_co
     from transformers import AutoModelForImageTextToText
 
     source, config = find_model(path), load_config(path, trust_remote_code=trust_remote_code)
-    families = ("qwen2_vl", "qwen2_5_vl")
-    if config.model_type not in families:
-        raise ValueError(
-            f"{path!r} is a {config.model_type!r} model. This policy knows the families {families}; "
-            "a new family needs a policy of its own, see docs/design.md, 'Policies'."
-        )
+    family_of(config.model_type, path)
     chosen = {} if attention == "auto" else {"attn_implementation": attention}
     # Else transformers asks a service of the hub to convert, and loads what that proposes.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")

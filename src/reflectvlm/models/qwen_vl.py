@@ -1,4 +1,4 @@
-"""The policy for Qwen2-VL and Qwen2.5-VL, on the stock classes of transformers.
+"""The policy for Qwen2-VL, Qwen2.5-VL and Qwen3-VL, on the stock classes of transformers.
 
 No part of the model is patched: features are scattered into the input embeddings, positions are
 always explicit (so no `rope_deltas` of an earlier call can leak in), and log-probs are taken from
@@ -24,6 +24,7 @@ from reflectvlm.head import fused_scores_and_kl, fused_token_scores, next_token_
 from reflectvlm.models.attention import AttentionWatch, watching
 from reflectvlm.models.called_as import called_as
 from reflectvlm.models.chat import chat_spans
+from reflectvlm.models.families import Embedded, Family, family_of, with_features
 from reflectvlm.models.feature_cache import FeatureCache, check_frozen, vision_of
 from reflectvlm.models.freezing import Embeddings, Part, check_embeddings, freeze, train_only_rows
 from reflectvlm.models.loading import (
@@ -144,6 +145,10 @@ class QwenVL:
         return self.model.lm_head.weight.device
 
     @functools.cached_property
+    def family(self) -> Family:
+        return family_of(self.model.config.model_type)
+
+    @functools.cached_property
     def vision(self) -> VisionIds:
         config = self.model.config
         return VisionIds(config.vision_start_token_id, config.image_token_id, config.vision_end_token_id)
@@ -207,15 +212,17 @@ class QwenVL:
     def batch(self, sequences: Sequence[tuple[Prompt, Spans]]) -> Batch:
         return collate(sequences, self.vision, self.pad_id, side=self.padding_side).to(self.device)
 
-    def features(self, images: Sequence[Patches]) -> Float[Tensor, "V D"]:
+    def features(self, images: Sequence[Patches]) -> Float[Tensor, "V F"]:
+        """One row for each visual token, with all that the language model takes of it (`families.py`)."""
         if not images:
-            return torch.zeros(0, self.model.lm_head.in_features, device=self.device, dtype=self.model.dtype)
+            width = self.family.width(self.model.config)
+            return torch.zeros(0, width, device=self.device, dtype=self.model.dtype)
         if self.feature_cache is None:
             return self._encoded(images).to(self.model.dtype)
         kept = self.feature_cache(images, self.model, self.compute, self._encoded)
         return torch.cat([one.to(self.device) for one in kept]).to(self.model.dtype)
 
-    def _encoded(self, images: Sequence[Patches]) -> Float[Tensor, "V D"]:
+    def _encoded(self, images: Sequence[Patches]) -> Float[Tensor, "V F"]:
         """One pass of vision tower and projector; features in the dtype they come in."""
         merge = self.image_processor.merge_size
         grids = [(i.grid.frames, i.grid.rows * merge, i.grid.columns * merge) for i in images]
@@ -224,22 +231,19 @@ class QwenVL:
             made = self.model.model.get_image_features(
                 pixels, torch.tensor(grids, device=self.device), return_dict=True
             )
-        return torch.cat(list(made.pooler_output))
+        return self.family.rows(made)
 
     def embed(
-        self, ids: Int[Tensor, "B T"], visual: Int[Tensor, "B T"], features: Float[Tensor, "V D"]
-    ) -> Float[Tensor, "B T D"]:
+        self, ids: Int[Tensor, "B T"], visual: Int[Tensor, "B T"], features: Float[Tensor, "V F"]
+    ) -> Embedded:
         """Input embeddings with features where `visual` names a feature row."""
-        embedded = self.model.get_input_embeddings()(ids)
-        if len(features) == 0:
-            return embedded
-        places = (visual.flatten() >= 0).nonzero().flatten()
-        shown = features[visual.flatten()[places]]
-        return embedded.flatten(0, 1).index_copy(0, places, shown).view_as(embedded)
+        width = self.family.width(self.model.config)
+        assert features.shape[1] == width, f"feature rows of {features.shape[1]} numbers, not {width}"
+        return with_features(self.model.get_input_embeddings()(ids), visual, features)
 
     def hidden(
         self,
-        embedded: Float[Tensor, "B T D"],
+        embedded: Embedded,
         positions: Int[Tensor, "3 B T"],
         mask: Tensor | None,
         cache: Any = None,
@@ -252,11 +256,12 @@ class QwenVL:
         language_model = self.model.model.language_model
         with self._arithmetic(), watching(language_model, watch) as watched:
             out = language_model(
-                inputs_embeds=embedded,
+                inputs_embeds=embedded.tokens,
                 position_ids=positions,
                 attention_mask=self._attention_mask(mask),
                 past_key_values=cache,
                 use_cache=cache is not None,
+                **embedded.deepstack,
                 **watched,
                 **prefix_tree(language_model, tree),
             )
@@ -273,7 +278,7 @@ class QwenVL:
     def score(
         self,
         batch: Batch,
-        features: Float[Tensor, "V D"],
+        features: Float[Tensor, "V F"],
         temperature: float = 1.0,
         *,
         entropy: bool = True,
@@ -300,21 +305,21 @@ class QwenVL:
             kl=None if kl is None else empty.index_put((row, column), kl),
         )
 
-    def states(self, batch: Batch, features: Float[Tensor, "V D"]) -> ReferenceStates:
+    def states(self, batch: Batch, features: Float[Tensor, "V F"]) -> ReferenceStates:
         """Satisfies `protocols.Reference`."""
         with torch.no_grad():
             hidden = self._predicting(batch, features, *batch.trained.nonzero(as_tuple=True))
             return ReferenceStates(hidden=hidden, weight=self.model.lm_head.weight.detach())
 
     def _predicting(
-        self, batch: Batch, features: Float[Tensor, "V D"], row: Int[Tensor, " K"], column: Int[Tensor, " K"]
+        self, batch: Batch, features: Float[Tensor, "V F"], row: Int[Tensor, " K"], column: Int[Tensor, " K"]
     ) -> Float[Tensor, "K D"]:
         """Hidden states from which these tokens are predicted."""
         hidden, where = self._hidden_states(batch, features)
         return hidden.flatten(0, 1)[where[row, batch.predictor[row, column]]]
 
     def _hidden_states(
-        self, batch: Batch, features: Float[Tensor, "V D"]
+        self, batch: Batch, features: Float[Tensor, "V F"]
     ) -> tuple[Float[Tensor, "N S D"], Int[Tensor, "B T"]]:
         """Hidden states, and for each token of the batch its place in them, as n * S + s."""
         if self.share_prefix and (line := line_up(batch)) is not None:
