@@ -146,7 +146,7 @@ def test_the_tower_s_attention_follows_the_device(
     assert policy.model.model.language_model.config._attn_implementation == before
     told = [record.getMessage() for record in caplog.records]
     assert told == [  # once each
-        "vision attention on cuda: flash_attention_2; flash-attn is installed, and products are half precision",
+        "vision attention on cuda: flash_attention_2; flash-attn fits, and products are halves",
         "vision attention on cpu: sdpa; flash-attn runs on CUDA devices, and this is 'cpu'",
     ]
 

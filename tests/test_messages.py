@@ -144,7 +144,7 @@ def test_a_conversation_is_refused(messages: list[Any]) -> None:
     ("messages", "reason", "match"),
     [
         ([], "missing messages", "holds no list of messages; the row's columns: messages"),
-        (["What?"], "broken messages", "has the role None"),
+        (["What?"], "broken messages", "has the role 'None'"),
         (
             [{"role": "tool", "content": "x"}],
             "broken messages",
@@ -244,8 +244,8 @@ def test_images_beside_the_messages() -> None:
 
 def test_a_bad_row_is_left_out_by_name(tmp_path: Path) -> None:
     """Bug: one broken row of messages ends the run, or is left out uncounted."""
-    rows = [{"messages": [user(f"q{n}"), gold()]} for n in range(3)]
-    rows[1]["messages"] = [user("q1"), gold(), user("q2")]
+    rows = [{"messages": [user(f"q{n}"), gold()]} for n in (1, 2, 3)]
+    rows[1]["messages"] = [user("q2"), gold(), user("more")]
     path = written(tmp_path / "rows.jsonl", *rows)
     left_out(path, "several turns", r"rows\.jsonl:2: The turns are user, assistant, user", columns=COLUMNS)
 

@@ -64,7 +64,7 @@ def choose_attention(
         return Choice(attention, "as asked")
     why, remedy = _hindrance(device, dtype, missing)
     if why is None:
-        return Choice(_FLASH, "flash-attn is installed, and products are half precision")
+        return Choice(_FLASH, "flash-attn fits, and products are halves")
     if attention == _FLASH:
         raise ValueError(
             f"attention='{_FLASH}' cannot be used: {why}. {remedy}, or use attention=auto or sdpa."
