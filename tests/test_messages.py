@@ -280,6 +280,41 @@ def test_the_prompt_is_what_the_chat_template_makes_of_the_messages(
     assert tiny_policy.decode(found) == rendered
 
 
+WORDS = st.sampled_from(
+    ["role", "user", "content", "type", "text", "image", "image_url", "video", "a.png", "<image>", "fps"]
+)
+ANY = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        WORDS,
+        st.text(max_size=5),
+        st.binary(max_size=3),
+    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(WORDS, inner, max_size=4)),
+    max_leaves=12,
+)
+CONTENT = ANY | st.lists(st.dictionaries(WORDS, ANY, min_size=1, max_size=4), max_size=3)
+TURNS = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": CONTENT}),
+    max_size=3,
+)
+
+
+@given(TURNS | ANY)
+def test_whatever_stands_there_is_a_sample_or_a_bad_row(messages: Any) -> None:
+    """Bug: a value nobody thought of raises something that ends the run."""
+    row = {"messages": messages, "answer": "a"}
+    said = "a sample"
+    try:
+        read_row(row, "rows.jsonl:17", COLUMNS, ImageLimits(urls=False), Path("/none"), Scripted())
+    except BadRow as bad:
+        said = str(bad)
+    assert len(said.splitlines()) == 1
+
+
 # -- images -----------------------------------------------------------------------------------------
 
 
@@ -442,15 +477,16 @@ def test_a_video_that_cannot_be_decoded(tmp_path: Path) -> None:
     def broken(item: Mapping[str, Any]) -> Sequence[Image.Image]:
         raise OSError(f"moov atom not found\n{item['video']}")
 
+    def twice(item: Mapping[str, Any]) -> Sequence[Image.Image]:
+        try:
+            return broken(item)
+        except OSError:
+            raise AttributeError("no attribute 'read_video'")  # noqa: B904 - as the package falls back
+
     asked = user(video("clip.mp4"), "a")
-    refused(
-        "broken video",
-        r"cannot be decoded \(moov atom not found\)",
-        asked,
-        gold(),
-        root=tmp_path,
-        frames=broken,
-    )
+    for reader in (broken, twice):
+        match = r"Video 'clip.mp4' cannot be decoded \(moov atom not found\)"
+        refused("broken video", match, asked, gold(), root=tmp_path, frames=reader)
     refused("empty video", "has no frames", asked, gold(), root=tmp_path, frames=Scripted(0))
 
 
@@ -491,6 +527,8 @@ def test_a_torchvision_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatc
 def test_the_package_itself(tmp_path: Path) -> None:
     """Bug: keys, value range or channel order are not those of qwen-vl-utils."""
     pytest.importorskip("qwen_vl_utils", reason="the extra needs torchvision", exc_type=ImportError)
-    found = load_frames([RED, BLUE, RED], {"max_pixels": 112 * 112}, tmp_path, ImageLimits())
+    found = load_frames(
+        [RED, BLUE, RED], {"min_pixels": 28 * 28, "max_pixels": 112 * 112}, tmp_path, ImageLimits()
+    )
     assert [frame.getpixel((9, 9)) for frame in found] == [(255, 0, 0), (0, 0, 255), (255, 0, 0)]
     assert {frame.size[0] % 28 for frame in found} == {0}

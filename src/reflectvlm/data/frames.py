@@ -144,10 +144,12 @@ def _read(read: FrameReader, item: Mapping[str, Any], shown: str) -> Sequence[Im
     except BadImage:
         raise
     except Exception as error:  # noqa: BLE001 - boundary: what a decoder raises on hostile bytes
-        why = "".join(c if " " <= c <= "~" else "?" for c in str(error).split("\n")[0])[:120]
+        # Where a decoder fails, the package tries torchvision's, which may be missing: the first one counts.
+        first = error.__context__ or error
+        why = "".join(c if " " <= c <= "~" else "?" for c in str(first).split("\n")[0])[:120]
         remedy = "Look at its keys (nframes, fps, sizes), or encode it again."
         raise BadImage(
-            "broken video", shown, f"cannot be decoded ({why or type(error).__name__})", remedy
+            "broken video", shown, f"cannot be decoded ({why or type(first).__name__})", remedy
         ) from None
     if not found:
         raise BadImage("empty video", shown, "has no frames", "Leave it out.")

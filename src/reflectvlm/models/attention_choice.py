@@ -31,7 +31,7 @@ Availability: TypeAlias = Callable[[torch.device], str | None]
 """What keeps flash-attn from being used on a device, in words; None: nothing does."""
 
 INSTALL = "pip install 'reflectvlm[flash-attn]'"
-_FLASH = "flash_attention_2"
+_FLASH: Literal["flash_attention_2"] = "flash_attention_2"
 _HALVES = (torch.bfloat16, torch.float16)
 
 log = logging.getLogger("reflectvlm")
@@ -50,7 +50,7 @@ def check_attention(attention: str, dtype: torch.dtype, cuda: bool, missing: Ava
     if attention not in words:
         raise ValueError(f"attention is {attention!r}. It must be one of {', '.join(words)}.")
     if attention == _FLASH:
-        choose_attention(attention, torch.device("cuda" if cuda else "cpu"), dtype, missing)
+        choose_attention(_FLASH, torch.device("cuda" if cuda else "cpu"), dtype, missing)
 
 
 def choose_attention(
@@ -80,7 +80,7 @@ def prefix_attention_for(attention: Attention, wanted: PrefixAttention) -> Prefi
 
 def settle_vision(model: Any, attention: Attention, device: torch.device, dtype: torch.dtype) -> None:
     """Sets the tower's attention for where the model is now. Says so once for a device and dtype."""
-    config = vision_of(model).config
+    config: Any = vision_of(model).config
     now = config._attn_implementation
     if attention in ("eager", "sdpa") or now not in ("sdpa", _FLASH):
         return  # as it was loaded
