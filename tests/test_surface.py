@@ -94,7 +94,8 @@ RECIPES = [
 CHOICES = {
     "policy": "qwen2_5_vl_3b qwen2_5_vl_7b qwen2_5_vl_7b_qwen_la qwen2_5_vl_7b_qwen_la_sft qwen3_vl_8b "
     "tiny tiny_qwen_la tiny_qwen_la_sft tiny_random",
-    "data": "digit_traces digits digits_to_read qwen_la_questions qwen_la_traces rows shapes",
+    "data": "digit_traces digits digits_to_read messages qwen_la_questions qwen_la_traces rows shapes",
+    "compute": "ddp single zero1 zero2 zero3",
 }
 
 PROTOCOLS = {

@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 
 from reflectvlm.models.families import family_of
+from reflectvlm.models.attention_choice import Attention
 from reflectvlm.models.products import checkpoint_contexts
 from reflectvlm.models.trust import no_safetensors, refuse_code
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Attention = Literal["auto", "eager", "sdpa"]
 
 
 def image_processor_class() -> Any:
@@ -64,7 +64,9 @@ def load_model(path: str, *, dtype: Dtype, attention: Attention, trust_remote_co
 
     source, config = find_model(path), load_config(path, trust_remote_code=trust_remote_code)
     family_of(config.model_type, path)
-    chosen = {} if attention == "auto" else {"attn_implementation": attention}
+    # flash-attn is for the vision tower alone, and for the device that the model will be on.
+    named = {"eager": "eager", "sdpa": "sdpa", "flash_attention_2": "sdpa"}
+    chosen = {"attn_implementation": named[attention]} if attention in named else {}
     # Else transformers asks a service of the hub to convert, and loads what that proposes.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     try:

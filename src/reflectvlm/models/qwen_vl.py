@@ -22,13 +22,19 @@ from reflectvlm import ops
 from reflectvlm.batch import Batch, ReferenceStates, TokenScores
 from reflectvlm.head import fused_scores_and_kl, fused_token_scores, next_token_logits
 from reflectvlm.models.attention import AttentionWatch, watching
+from reflectvlm.models.attention_choice import (
+    Attention,
+    check_attention,
+    flash_attn_missing,
+    prefix_attention_for,
+    settle_vision,
+)
 from reflectvlm.models.called_as import called_as
 from reflectvlm.models.chat import chat_spans
 from reflectvlm.models.families import Embedded, Family, family_of, with_features
 from reflectvlm.models.feature_cache import FeatureCache, check_frozen, vision_of
 from reflectvlm.models.freezing import Embeddings, Part, check_embeddings, freeze, train_only_rows
 from reflectvlm.models.loading import (
-    Attention,
     Dtype,
     enable_checkpointing,
     load_image_processor,
@@ -75,12 +81,15 @@ def load_policy(
     are. `new_tags` become special tokens in spare embedding rows (`new_tags.py`); those the folder has
     already stay what they are. `embeddings="new_tags"` trains of embedding and head only the rows of
     `new_tags`, also where language is frozen. Pixel limits are those of the image after resizing; None
-    keeps the model's own. `prefix_attention` is how answers that share a prompt attend (`tree_choice.py`):
-    auto, dense, split, varlen or flex. `chunk` is how many tokens' logits exist at once. `feature_cache`
+    keeps the model's own. `attention` is auto, sdpa, eager or flash_attention_2 (`attention_choice.py`),
+    `prefix_attention` how answers that share a prompt attend (`tree_choice.py`): auto, dense, split, varlen
+    or flex. `chunk` is how many tokens' logits exist at once. `feature_cache`
     keeps the features of every image for the whole run, for which vision and projector must be frozen.
     """
     check_embeddings(embeddings, new_tags)
     check_prefix_attention(prefix_attention, attention)
+    products = getattr(torch, compute or dtype)
+    check_attention(attention, products, torch.cuda.is_available(), flash_attn_missing)
     model = load_model(path, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     tags = add_tags(model, tokenizer, new_tags)
@@ -95,7 +104,8 @@ def load_policy(
         image_processor=load_image_processor(path, min_pixels, max_pixels),
         source=path,
         compute=compute,
-        prefix_attention=prefix_attention,
+        attention=attention,
+        prefix_attention=prefix_attention_for(attention, prefix_attention),
         chunk=chunk,
         feature_cache=feature_cache,
     )
@@ -113,6 +123,8 @@ class QwenVL:
     """Which side short rows are padded on. No result depends on it; tests try both."""
     compute: Dtype | None = None
     """Dtype of matrix products; None is that of the weights."""
+    attention: Attention = "auto"
+    """What the vision tower attends with, settled for the device it is on (`attention_choice.py`)."""
     share_prefix: bool = True
     """Rows of one prompt run it once (`prefix.py`). False is the plain way; results are the same."""
     prefix_attention: PrefixAttention = "auto"
@@ -217,6 +229,7 @@ class QwenVL:
         if not images:
             width = self.family.width(self.model.config)
             return torch.zeros(0, width, device=self.device, dtype=self.model.dtype)
+        settle_vision(self.model, self.attention, self.device, self._products)
         if self.feature_cache is None:
             return self._encoded(images).to(self.model.dtype)
         kept = self.feature_cache(images, self.model, self.compute, self._encoded)
@@ -331,10 +344,14 @@ class QwenVL:
         hidden = self.hidden(self.embed(batch.ids, batch.visual, features), batch.positions, mask)
         return hidden, torch.arange(batch.ids.numel(), device=self.device).view(batch.ids.shape)
 
+    @property
+    def _products(self) -> torch.dtype:
+        """Dtype of the model's matrix products."""
+        return self.model.dtype if self.compute is None else getattr(torch, self.compute)
+
     def _prefix_kind(self, line: Line) -> Kind:
-        dtype = self.model.dtype if self.compute is None else getattr(torch, self.compute)
         attention = self.model.config._attn_implementation
-        heads = heads_of(self.model.model.language_model, dtype)
+        heads = heads_of(self.model.model.language_model, self._products)
         return choose(self.prefix_attention, attention, heads, line)
 
     def _token_scores(
