@@ -315,16 +315,24 @@ class RLTrainer:
     ) -> list[tuple[Rollout, ...]]:
         """A group for each prompt. `take` gets each as soon as it is complete, if the engine can tell."""
         asked = (prompts, self.group_size, self.sampling, self.reattention)
+        engine = self._synced_engine()
         groups: Callable[..., Iterator[tuple[int, tuple[Rollout, ...]]]] | None
-        groups = getattr(self.rollout_engine, "groups", None)
+        groups = getattr(engine, "groups", None)
         if groups is None:
-            return [self._stamped(group) for group in self.rollout_engine.generate(*asked, seed=seed)]
+            return [self._stamped(group) for group in engine.generate(*asked, seed=seed)]
         done: dict[int, tuple[Rollout, ...]] = {}
         for number, group in groups(*asked, seed=seed):
             done[number] = self._stamped(group)
             if take is not None:
                 take(number, done[number])
         return [done[number] for number in range(len(prompts))]
+
+    def _synced_engine(self) -> RolloutEngine:
+        """The engine. One that holds a copy of the weights is told which version of them it needs next."""
+        engine = self.rollout_engine
+        if (sync := getattr(engine, "sync", None)) is not None:
+            sync(self.updates)
+        return engine
 
     def _stamped(self, group: Sequence[Rollout]) -> tuple[Rollout, ...]:
         return tuple(dataclasses.replace(one, policy_version=self.updates) for one in group)
@@ -348,9 +356,12 @@ class RLTrainer:
         batch = dataclasses.replace(batch, advantages=torch.tensor(advantages, device=batch.ids.device))
         counts = self.runtime.sum({"tokens": batch.num_tokens, "sequences": batch.num_sequences})
         batch = dataclasses.replace(batch, num_tokens=counts["tokens"], num_sequences=counts["sequences"])
+        temperature = self.sampling.logprob_temperature
+        if getattr(self.rollout_engine, "foreign_logprobs", False):
+            own = score_without_grad(self.policy, batch, self.micro_tokens, temperature)
+            batch = dataclasses.replace(batch, old_logprobs=own, engine_logprobs=batch.old_logprobs)
         if self.reference is None:
             return batch
-        temperature = self.sampling.logprob_temperature
         return dataclasses.replace(
             batch, ref_logprobs=score_without_grad(self.reference, batch, self.micro_tokens, temperature)
         )
@@ -435,7 +446,8 @@ class RLTrainer:
         return self.feed.first(4)
 
     def evaluate(self, evaluation: Evaluation) -> tuple[Metrics, list[ScoredGroup]]:
-        return evaluation(self.policy, self.rollout_engine, self.rubric, self.instruction, self.reattention)
+        engine = self._synced_engine()
+        return evaluation(self.policy, engine, self.rubric, self.instruction, self.reattention)
 
     def state(self) -> dict[str, Any]:
         return {

@@ -133,6 +133,7 @@ def loss_inputs(batch: Batch, logprobs: Tensor, entropy: Tensor) -> LossInputs:
         mask=batch.trained,
         num_tokens=batch.num_tokens,
         num_sequences=batch.num_sequences,
+        engine_logprobs=batch.engine_logprobs,
     )
 
 
