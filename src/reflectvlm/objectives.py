@@ -59,9 +59,9 @@ class ClippedSurrogate:
     `ratio="sequence"`: w_t = (product of the row's token ratios)^(1 / its length), the same for all
     of its tokens (GSPO, arXiv 2507.18071, eq. 7).
     `dual_clip=c`: where A < 0 the loss is at most -c A (dual-clip PPO, arXiv 1912.09729; "delta" in TRL).
-    `importance_cap=c`: where the engine that sampled has arithmetic of its own (`LossInputs.engine_logprobs`),
-    a token's clipped surrogate is multiplied by min(p_old / p_engine, c) (`ops.truncated_importance`); KL_t is
-    not. Without such an engine there is no weight, whatever c is.
+    `importance_cap=c`: where the engine that sampled has arithmetic of its own (`LossInputs.engine_logprobs`)
+    a token's clipped surrogate is multiplied by min(p_old / p_engine, c) (`ops.truncated_importance`); KL_t
+    is not. Without such an engine there is no weight, whatever c is.
     Ratios are exponentials of bounded log-ratios (`ops.LOG_RATIO_LIMIT`): never infinite, and without a
     gradient beyond the bound, where one token would outweigh all others.
 
@@ -101,9 +101,9 @@ class ClippedSurrogate:
             )
         if self.importance_cap is not None and not (1 <= self.importance_cap < math.inf):
             raise ValueError(
-                f"ClippedSurrogate.importance_cap is {self.importance_cap}. It bounds ratios of the trainer's "
-                "and the engine's probability, which are 1 where they agree: give a finite value of at least 1, "
-                "e.g. 2.0, or None for no correction."
+                f"ClippedSurrogate.importance_cap is {self.importance_cap}. It bounds the ratio of the "
+                "trainer's probability to the engine's, which is 1 where they agree: give a finite value of "
+                "at least 1, e.g. 2.0, or None for no correction."
             )
         self._check_choices()
 

@@ -24,6 +24,8 @@ from reflectvlm.models.qwen_vl import QwenVL
 
 BANNED_BIAS = -100.0
 """Added to the logit of a banned id; the most that vLLM's server takes. e^-100 is no probability."""
+NAMED = ("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "logprobs")
+"""Sampling parameters that TRL's client takes by name; it hands on all others as they are."""
 PROCESSED = "processed_logprobs"
 """vLLM's log-probs after temperature and banned ids; its default, "raw_logprobs", are those before."""
 
@@ -184,20 +186,10 @@ class Server:
     def _one(self, request: Request, features: Mapping[str, Any] | None) -> Completion:
         ids = list(request.expanded)
         arguments = sampling_arguments(request)
-        named = (
-            "n",
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "repetition_penalty",
-            "max_tokens",
-            "logprobs",
-        )
         made = self.client.generate(
             [ids],
             features=None if features is None else [placed_features(request, features)],
-            **{name: arguments.pop(name) for name in named},
+            **{name: arguments.pop(name) for name in NAMED},
             generation_kwargs=arguments,
         )
         logprobs = [math.nan if of is None else of for (of, *_) in made["logprobs"][0]]
@@ -227,8 +219,8 @@ class Server:
                 answer = self.client.session.post(f"{self.client.base_url}/{name}")
                 if answer.status_code != 200:
                     raise RuntimeError(
-                        f"The vLLM server answered /{name} with {answer.status_code}, so it might go on with what "
-                        "it made of images under older weights. Start it with VLLM_SERVER_DEV_MODE=1."
+                        f"The vLLM server answered /{name} with {answer.status_code}, so it might go on with "
+                        "what it made of images under older weights. Start it with VLLM_SERVER_DEV_MODE=1."
                     )
         self.accelerator.wait_for_everyone()
 
@@ -243,7 +235,7 @@ def placed_features(request: Request, features: Mapping[str, Any]) -> dict[str, 
     """The server's features of a request's images, told where in the expanded ids each of them stands."""
     lengths = [int(place["length"]) for place in features["mm_placeholders"]["image"]]
     if tuple(lengths) != request.image_tokens:
-        raise image_mismatch("of a request to the server", request.image_tokens, lengths)
+        raise image_mismatch("A request to the server", request.image_tokens, lengths)
     places: list[dict[str, int]] = []
     at = 0
     for one in request.ids:
@@ -274,6 +266,6 @@ def _check_server(client: Any) -> None:
     mode = client.get_server_info()["model_config"]["logprobs_mode"]
     if mode != PROCESSED:
         raise ValueError(
-            f"The vLLM server states {mode}, and training needs log-probs at the sampling temperature. Start it "
-            f"with --logprobs-mode {PROCESSED}."
+            f"The vLLM server states {mode}, and training needs log-probs at the sampling temperature. Start "
+            f"it with --logprobs-mode {PROCESSED}."
         )

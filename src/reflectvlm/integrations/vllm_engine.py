@@ -37,9 +37,23 @@ from reflectvlm.types import Prompt, Rollout, SamplingParams
 Mode = Literal["colocate", "server"]
 
 
+@dataclass(kw_only=True, eq=False)
+class Held:
+    """Which of the policy's weights vLLM has, by optimiser steps."""
+
+    wanted: int | None = None
+    """None: nobody tells."""
+    version: int | None = None
+    """None: none, or nobody knows."""
+
+    @property
+    def stale(self) -> bool:
+        return self.wanted is None or self.version != self.wanted
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class VLLMEngine:
-    """Satisfies `protocols.RolloutEngine`. Experimental: run against doubles of vLLM so far, see docs/vllm.md.
+    """Satisfies `protocols.RolloutEngine`. Has run against doubles of vLLM only: see docs/vllm.md.
 
     Example, in a recipe: `engine: {_target_: reflectvlm.integrations.vllm_engine.VLLMEngine, _partial_: true,
     mode: colocate, gpu_memory_utilization: 0.4, max_model_len: 8192}`
@@ -64,7 +78,7 @@ class VLLMEngine:
     """server: seconds to wait until it is up."""
     backend: Backend | None = None
     """A vLLM that exists already; None makes one as `mode` says."""
-    _held: Held = field(default_factory=lambda: Held(), init=False, repr=False)
+    _held: Held = field(default_factory=Held, init=False, repr=False)
     _watches: dict[tuple[str, ...], TextWatch] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -74,7 +88,8 @@ class VLLMEngine:
             raise ValueError(f"engine.max_rows is {self.max_rows}. It must be at least 1.")
         if self.max_model_len is not None and self.max_model_len < 1:
             raise ValueError(
-                f"engine.max_model_len is {self.max_model_len}. It must be at least 1, or null for the model's."
+                f"engine.max_model_len is {self.max_model_len}. It must be at least 1, or null for the "
+                "model's own."
             )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(
@@ -175,20 +190,6 @@ class VLLMEngine:
             device = torch.device("cpu")
             self._watches[texts] = TextWatch.create(texts, self.policy.decode, vocabulary, device)
         return self._watches[texts]
-
-
-@dataclass(kw_only=True, eq=False)
-class Held:
-    """Which of the policy's weights vLLM has, by optimiser steps."""
-
-    wanted: int | None = None
-    """None: nobody tells."""
-    version: int | None = None
-    """None: none, or nobody knows."""
-
-    @property
-    def stale(self) -> bool:
-        return self.wanted is None or self.version != self.wanted
 
 
 def _check_reattention(reattention: Reattention) -> None:

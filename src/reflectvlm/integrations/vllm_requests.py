@@ -67,7 +67,7 @@ class Backend(Protocol):
     """
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion per request, in their order. A request's tokens depend on its seed, not on the others."""
+        """One completion per request, in their order, each drawn with its own seed."""
         ...
 
     def load_weights(self) -> None:
@@ -109,7 +109,7 @@ def check_prompt(request: Request, completion: Completion, prompt: Prompt) -> No
         return
     counts = tuple(_runs(theirs, request.image_id))
     if counts != request.image_tokens:
-        raise image_mismatch(prompt.sample.id, request.image_tokens, counts)
+        raise image_mismatch(f"Row {prompt.sample.id!r}", request.image_tokens, counts)
     at = next((k for k, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
     raise ValueError(
         f"Row {prompt.sample.id!r}: vLLM ran a prompt of {len(theirs)} tokens that is not the trainer's of "
@@ -118,11 +118,11 @@ def check_prompt(request: Request, completion: Completion, prompt: Prompt) -> No
     )
 
 
-def image_mismatch(sample: str, ours: Sequence[int], theirs: Sequence[int]) -> ValueError:
+def image_mismatch(what: str, ours: Sequence[int], theirs: Sequence[int]) -> ValueError:
     """vLLM's image processor has made other grids than the policy's."""
     return ValueError(
-        f"Row {sample!r}: the policy cut its images into {list(ours)} visual tokens, vLLM into {list(theirs)}, so "
-        "the rollouts would not be those that are trained on. Give vLLM the policy's limits "
+        f"{what}: the policy cut its images into {list(ours)} visual tokens, vLLM into {list(theirs)}, so "
+        "these rollouts are not those that would be trained on. Give vLLM the policy's limits "
         "(policy.min_pixels, policy.max_pixels): a server by --mm-processor-kwargs "
         '\'{"min_pixels": …, "max_pixels": …}\'.'
     )

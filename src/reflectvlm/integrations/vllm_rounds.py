@@ -81,10 +81,16 @@ class Rounds:
             if (stop := self._ended(row.ids)) is not None:
                 row.stop = stop
                 return
-            if self.triggers.reattention.trigger is not None and self.triggers.completed(row.ids):
-                if placed := self.triggers.ask(row.prompt, row.ids, row.placed, None):
-                    row.placed.append(_whole(placed, row.prompt))
-                    return
+            if (placed := self._inserted(row)) is not None:
+                row.placed.append(placed)
+                return
+
+    def _inserted(self, row: Row) -> Placed | None:
+        """What goes in where a row has just completed its trigger."""
+        if self.triggers.reattention.trigger is None or not self.triggers.completed(row.ids):
+            return None
+        placed = self.triggers.ask(row.prompt, row.ids, row.placed, None)
+        return None if placed is None else _whole(placed, row.prompt)
 
     def _request(self, row: Row) -> Request | None:
         spans = row.spans
@@ -126,8 +132,8 @@ class Rounds:
         if not ids or len(ids) != len(logprobs) or len(ids) > request.max_tokens:
             raise RuntimeError(
                 f"Row {sample!r}, rollout {row.member}: vLLM was asked for 1 to {request.max_tokens} tokens "
-                f"and gave {len(ids)} with {len(logprobs)} log-probs. It has perhaps given up the request; its "
-                "own log says why."
+                f"and gave {len(ids)} with {len(logprobs)} log-probs. It has perhaps given up the request; "
+                "its own log says why."
             )
         if reserved := sorted({*ids} & {*request.banned}):
             raise RuntimeError(
