@@ -437,12 +437,16 @@ def test_a_recipe_names_the_engine() -> None:
     """Bug: an engine that no recipe can choose."""
     target = "engine._target_=reflectvlm.integrations.vllm_engine.VLLMEngine"
     more = ("+engine.mode=server", "+engine.url=http://gpu-7:8000", "+engine.max_model_len=8192")
-    engine = compose("qwen_la_rl_copy", (target, *more)).values["engine"]
+    engine = _engine_of("qwen_la_rl_copy", target, *more)
     check_recipe(engine)
     assert engine["_partial_"] is True
     wrong = "+engine.max_model_length=8192"
     with pytest.raises(RecipeError, match=r"Did you mean 'engine.max_model_len'"):
-        check_recipe({"_target_": "builtins.dict", "engine": compose("grpo", (target, wrong)).values["engine"]})
+        check_recipe({"_target_": "builtins.dict", "engine": _engine_of("grpo", target, wrong)})
+
+
+def _engine_of(recipe: str, *overrides: str) -> Any:
+    return compose(recipe, overrides).values["engine"]
 
 
 def test_expanded_ids_are_the_trainers(policy: QwenVL, prompts: list[Prompt]) -> None:
