@@ -243,7 +243,7 @@ def test_weights_go_to_the_engine_once_a_version(tmp_path: Path) -> None:
 
 def test_a_whole_run_by_the_engine(tmp_path: Path) -> None:
     """Bug: checks, evaluations or the table at the end ask for something that this engine has not."""
-    trainer, backend = vllm_rl(tmp_path, sampling=SamplingParams(max_tokens=8), output={"checks": False})
+    trainer, backend = vllm_rl(tmp_path, sampling=SamplingParams(max_tokens=8))
     result = trainer.run()
     assert (Path(result.folder) / "metrics.jsonl").is_file()
     assert backend.calls[-1] == "sleep"
