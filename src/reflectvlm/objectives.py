@@ -63,6 +63,9 @@ class ClippedSurrogate:
     `ratio="sequence"`: w_t = (product of the row's token ratios)^(1 / its length), the same for all
     of its tokens (GSPO, arXiv 2507.18071, eq. 7).
     `dual_clip=c`: where A < 0 the loss is at most -c A (dual-clip PPO, arXiv 1912.09729; "delta" in TRL).
+    `importance_cap=c`: where the engine that sampled has arithmetic of its own (`LossInputs.engine_logprobs`)
+    a token's clipped surrogate is multiplied by min(p_old / p_engine, c) (`ops.truncated_importance`); KL_t
+    is not. Without such an engine there is no weight, whatever c is.
     Ratios are exponentials of bounded log-ratios (`ops.LOG_RATIO_LIMIT`): never infinite, and without a
     gradient beyond the bound, where one token would outweigh all others.
 
@@ -80,6 +83,8 @@ class ClippedSurrogate:
     constant: int | None = None
     """Only for `reduce="constant"`: the most tokens an answer can have."""
     kl: KL | None = None
+    importance_cap: float | None = 2.0
+    """None leaves the mismatch of engine and trainer uncorrected; it is measured all the same."""
 
     def __post_init__(self) -> None:
         if not (0 < self.clip_low <= 1):
@@ -97,6 +102,12 @@ class ClippedSurrogate:
                 f"ClippedSurrogate.dual_clip is {self.dual_clip}. It bounds ratios that the ordinary clip "
                 f"lets pass, so it must be above 1 + clip_high = {1 + self.clip_high} and finite, e.g. 3.0, "
                 "or None."
+            )
+        if self.importance_cap is not None and not (1 <= self.importance_cap < math.inf):
+            raise ValueError(
+                f"ClippedSurrogate.importance_cap is {self.importance_cap}. It bounds the ratio of the "
+                "trainer's probability to the engine's, which is 1 where they agree: give a finite value of "
+                "at least 1, e.g. 2.0, or None for no correction."
             )
         self._check_choices()
 
@@ -127,15 +138,25 @@ class ClippedSurrogate:
         used = self._used_ratios(inputs, ratios)
         advantages = inputs.advantages[:, None].to(used.dtype)
         token_loss = self._surrogate(used, advantages)
-        if self.kl is not None:
-            token_loss = token_loss + self.kl(inputs)
         metrics = _token_metrics(inputs) | {
             "clip_fraction": _report(self._is_clipped(used, advantages), inputs),
             "ratio": _report(ratios, inputs),
         }
-        gaps = (ratios.detach() - 1).abs()  # 0 where not trained: both log-probs are 0 there
-        peak = gaps.amax() if gaps.numel() else gaps.sum()
-        return LossOutputs(loss=self._reduced(token_loss, inputs), metrics=metrics, peaks={"ratio_gap": peak})
+        # Where a token is not trained both log-probs are 0, and the ratio 1.
+        peaks = {"ratio_gap": _largest((ratios.detach() - 1).abs())}
+        if inputs.engine_logprobs is not None:
+            cap = math.inf if self.importance_cap is None else self.importance_cap
+            mismatch, weight = ops.truncated_importance(inputs.old_logprobs, inputs.engine_logprobs, cap)
+            if self.importance_cap is not None:
+                token_loss = token_loss * weight
+            metrics |= {
+                "mismatch": _report(mismatch, inputs),
+                "mismatch_cut": _report(mismatch > cap, inputs),
+            }
+            peaks["mismatch_max"] = _largest(mismatch.masked_fill(~inputs.mask, 0.0))
+        if self.kl is not None:
+            token_loss = token_loss + self.kl(inputs.logprobs, _reference(inputs))
+        return LossOutputs(loss=self._reduced(token_loss, inputs), metrics=metrics, peaks=peaks)
 
     def _used_ratios(self, inputs: LossInputs, ratios: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         if self.ratio == "token":
@@ -210,13 +231,14 @@ def wants_full_kl(objective: object) -> bool:
 def _only_trained(inputs: LossInputs) -> LossInputs:
     """The inputs with 0 at tokens that are not trained: garbage there must not meet an exponential,
     whose gradient would be 0 * inf."""
-    ref, exact = inputs.ref_logprobs, inputs.kl
+    ref, exact, engine = inputs.ref_logprobs, inputs.kl, inputs.engine_logprobs
     return dataclasses.replace(
         inputs,
         logprobs=inputs.logprobs.masked_fill(~inputs.mask, 0.0),
         old_logprobs=inputs.old_logprobs.masked_fill(~inputs.mask, 0.0),
         ref_logprobs=None if ref is None else ref.masked_fill(~inputs.mask, 0.0),
         kl=None if exact is None else exact.masked_fill(~inputs.mask, 0.0),
+        engine_logprobs=None if engine is None else engine.masked_fill(~inputs.mask, 0.0),
     )
 
 
@@ -248,6 +270,10 @@ def _token_metrics(inputs: LossInputs) -> dict[str, Tensor]:
     elif inputs.ref_logprobs is not None:
         metrics["kl"] = _report(ops.kl_k3(inputs.logprobs, inputs.ref_logprobs), inputs)
     return metrics
+
+
+def _largest(values: Tensor) -> Float[Tensor, ""]:
+    return values.amax() if values.numel() else values.sum()
 
 
 def _report(values: Tensor, inputs: LossInputs) -> Float[Tensor, ""]:

@@ -52,6 +52,21 @@ def log_ratio(numerator: Float[Tensor, "*S"], denominator: Float[Tensor, "*S"]) 
     return (numerator.to(dtype) - denominator.to(dtype)).clamp(max=LOG_RATIO_LIMIT)
 
 
+def truncated_importance(
+    logprobs: Float[Tensor, "*S"], engine_logprobs: Float[Tensor, "*S"], cap: float
+) -> tuple[Float[Tensor, "*S"], Float[Tensor, "*S"]]:
+    """(ratio, weight): p(x) / q(x), and min(p(x) / q(x), cap), both without a gradient; p is the trainer's
+    probability of a token at the time it was sampled, q that of the engine which sampled it.
+
+    Truncated importance sampling (E. L. Ionides, "Truncated Importance Sampling", 2008), here against the
+    mismatch of rollout engine and trainer (F. Yao et al., "On the Rollout-Training Mismatch in Modern RL
+    Systems", NeurIPS 2025 workshop on efficient reasoning). What the cap cuts off is its bias; without it
+    one token that the engine held for nearly impossible outweighs a batch.
+    """
+    ratio = torch.exp(log_ratio(logprobs.detach(), engine_logprobs.detach()))
+    return ratio, ratio.clamp(max=cap)
+
+
 def kl_k1(logprobs: Float[Tensor, "*S"], ref_logprobs: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
     """k1 = log p(x) - log q(x), p the policy, q the reference, x drawn from p.
 

@@ -136,6 +136,9 @@ class RolloutEngine(Protocol):
 
     Two optional methods, see `rollout.engine`: `groups`, the same as an iterator of (place, group) in the
     order in which they are complete, so that rewards may begin; and `go_on`, for partial rollouts.
+    An engine that holds a copy of the weights may have `sync(version)`: which optimiser step's weights the
+    next rollouts are to be sampled from. One that computes log-probs in its own way says so by
+    `foreign_logprobs = True`; the trainer then corrects for it (`ClippedSurrogate.importance_cap`).
     """
 
     def generate(

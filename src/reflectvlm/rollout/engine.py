@@ -15,7 +15,6 @@ from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.protocols import LongTail, Reattention
 from reflectvlm.rollout.continuing import BegunGroup
 from reflectvlm.rollout.decoding import Decoding
-from reflectvlm.rollout.placing import special_id
 from reflectvlm.rollout.stepping import Kind, Steps
 from reflectvlm.rollout.telling import Telling
 from reflectvlm.rollout.triggers import Triggers
@@ -132,7 +131,7 @@ class InProcessEngine:
             policy=self.policy,
             groups=groups,
             sampling=sampling,
-            triggers=self._triggers(reattention),
+            triggers=Triggers.create(self.policy, reattention, self._watch),
             stop_watch=self._watch(tuple(sampling.stop)),
             long_tail=self.long_tail,
             tokens=tokens,
@@ -145,19 +144,6 @@ class InProcessEngine:
         prompt = group.prompt
         blocks = sum(grid.tokens for grid in prompt.grids) if reattention.trigger is not None else 0
         return count_tokens(prompt.spans, prompt.grids) + sampling.max_tokens + blocks
-
-    def _triggers(self, reattention: Reattention) -> Triggers:
-        trigger = reattention.trigger
-        special = special_id(self.policy, trigger)
-        if special in (*self.policy.reserved_ids, *self.policy.end_ids):
-            raise ValueError(
-                f"The re-attention's trigger {trigger!r} stands for pixels or ends a turn, so nothing would "
-                "ever be inserted. Give a tag of its own, e.g. '<REFLECTION>' or '<back>'."
-            )
-        texts = () if trigger is None or special is not None else (trigger,)
-        return Triggers(
-            policy=self.policy, reattention=reattention, special=special, watch=self._watch(texts)
-        )
 
     def _watch(self, texts: tuple[str, ...]) -> TextWatch:
         if texts not in self._watches:

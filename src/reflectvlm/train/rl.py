@@ -356,16 +356,24 @@ class RLTrainer:
         `places`: those of the prompts in the whole step, if other processes have some of it."""
         asked = (prompts, self.group_size, self.sampling, self.reattention)
         drawn: dict[str, Any] = {"seed": seed} if places is None else {"seed": seed, "places": places}
+        engine = self._synced_engine()
         groups: Callable[..., Iterator[tuple[int, tuple[Rollout, ...]]]] | None
-        groups = getattr(self.rollout_engine, "groups", None)
+        groups = getattr(engine, "groups", None)
         if groups is None:
-            return [self._stamped(group) for group in self.rollout_engine.generate(*asked, **drawn)]
+            return [self._stamped(group) for group in engine.generate(*asked, **drawn)]
         done: dict[int, tuple[Rollout, ...]] = {}
         for number, group in groups(*asked, **drawn):
             done[number] = self._stamped(group)
             if take is not None:
                 take(number, done[number])
         return [done[number] for number in range(len(prompts))]
+
+    def _synced_engine(self) -> RolloutEngine:
+        """The engine. One that holds a copy of the weights is told which version of them it needs next."""
+        engine = self.rollout_engine
+        if (sync := getattr(engine, "sync", None)) is not None:
+            sync(self.updates)
+        return engine
 
     def _stamped(self, group: Sequence[Rollout]) -> tuple[Rollout, ...]:
         return tuple(dataclasses.replace(one, policy_version=self.updates) for one in group)
@@ -394,9 +402,25 @@ class RLTrainer:
         batch = dataclasses.replace(batch, advantages=torch.tensor(advantages, device=batch.ids.device))
         counts = self.runtime.sum({"tokens": batch.num_tokens, "sequences": batch.num_sequences})
         batch = dataclasses.replace(batch, num_tokens=counts["tokens"], num_sequences=counts["sequences"])
+        if getattr(self.rollout_engine, "foreign_logprobs", False):
+            batch = dataclasses.replace(
+                batch, old_logprobs=self._own_scores(batch), engine_logprobs=batch.old_logprobs
+            )
         if self.reference is None or wants_full_kl(self.objective):
             return batch
         return dataclasses.replace(batch, ref_logprobs=self.reference_scores(batch))
+
+    def _own_scores(self, batch: Batch) -> Tensor:
+        """The policy's log-probs before the first update, where the engine's are those of another program."""
+        weights = self.updater.weights
+        return score_without_grad(
+            self.policy,
+            batch,
+            self.micro_tokens,
+            self.sampling.logprob_temperature,
+            in_step=self.updater.in_step if weights.in_step else None,
+            run=weights.run,
+        )
 
     def reference_scores(self, batch: Batch) -> Tensor:
         """The reference's log-probs of the batch's trained tokens."""
@@ -508,7 +532,7 @@ class RLTrainer:
         with phase("evaluation"), self.updater.weights.whole():
             return evaluation(
                 self.policy,
-                self.rollout_engine,
+                self._synced_engine(),
                 self.rubric,
                 self.instruction,
                 self.reattention,

@@ -224,6 +224,7 @@ def loss_inputs(batch: Batch, logprobs: Tensor, entropy: Tensor, kl: Tensor | No
         num_tokens=batch.num_tokens,
         num_sequences=batch.num_sequences,
         kl=kl,
+        engine_logprobs=batch.engine_logprobs,
     )
 
 
