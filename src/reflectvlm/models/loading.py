@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from reflectvlm.models.products import checkpoint_contexts
+from reflectvlm.models.quantized import Quantize, quantization_settings, ready_for_training
 from reflectvlm.models.trust import no_safetensors, refuse_code
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -57,8 +58,17 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
     return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
-def load_model(path: str, *, dtype: Dtype, attention: Attention, trust_remote_code: bool = False) -> Any:
-    """The stock model class for the folder's configuration, in training dtype, without dropout."""
+def load_model(
+    path: str,
+    *,
+    dtype: Dtype,
+    attention: Attention,
+    quantize: Quantize | None = None,
+    compute: Dtype | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The stock model class for the folder's configuration, in training dtype, without dropout. `quantize`
+    stores the language model's layers in fewer bits; their products are in `compute`, else in `dtype`."""
     from transformers import AutoModelForImageTextToText
 
     source, config = find_model(path), load_config(path, trust_remote_code=trust_remote_code)
@@ -68,7 +78,9 @@ def load_model(path: str, *, dtype: Dtype, attention: Attention, trust_remote_co
             f"{path!r} is a {config.model_type!r} model. This policy knows the families {families}; "
             "a new family needs a policy of its own, see docs/design.md, 'Policies'."
         )
-    chosen = {} if attention == "auto" else {"attn_implementation": attention}
+    chosen: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
+    if quantize is not None:
+        chosen["quantization_config"] = quantization_settings(quantize, getattr(torch, compute or dtype))
     # Else transformers asks a service of the hub to convert, and loads what that proposes.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     try:
@@ -84,7 +96,7 @@ def load_model(path: str, *, dtype: Dtype, attention: Attention, trust_remote_co
             raise
         raise no_safetensors(path, source) from error
     logging.getLogger("reflectvlm").debug("loaded %s from %s", type(model).__name__, source)
-    return model.eval()
+    return ready_for_training(model.eval())
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:

@@ -1,6 +1,7 @@
 """What a checkpoint of a run holds, and whether it fits the run that takes it up.
 
-    tensors   model, optimizer, rng, and what the trainer adds (a reference that moves)
+    tensors   model (with adapters only what trains), optimizer, rng, and what the trainer adds (a reference
+              that moves)
     state     the trainer's numbers, the loop's own, and `about`: what all of it belongs to
 
 Left out: the recipe, which the run folder compares setting by setting (`changes.py`).
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from reflectvlm.data.fingerprint import fingerprint
+from reflectvlm.models.adapters import about_adapters, load_stored, stored
 from reflectvlm.stages import named_files
 from reflectvlm.train.checkpoint import Checkpoint
+from reflectvlm.train.optim import optimizer_bits
 from reflectvlm.train.packing import (
     JSON,
     optimizer_from_tensors,
@@ -42,7 +45,7 @@ def snapshot(
     """(tensors, state) of a run between two steps; the tensors are those in use, not copies."""
     packed, generators = optimizer_to_tensors(trainer.updater.optimizer.state_dict()), rng_state()
     tensors: dict[str, Mapping[str, Tensor]] = {
-        "model": trainer.policy.module.state_dict(),
+        "model": stored(trainer.policy.module),
         "optimizer": packed.tensors,
         "rng": generators.tensors,
         **trainer.tensors(),
@@ -65,7 +68,7 @@ def put_back(trainer: Trainable, checkpoint: Checkpoint, about: Mapping[str, JSO
     """
     _check_same(checkpoint, about)
     module, optimizer = trainer.policy.module, trainer.updater.optimizer
-    module.load_state_dict(dict(checkpoint.tensors["model"]))
+    load_stored(module, checkpoint.tensors["model"])
     if (name := first_broken_weight(module)) is not None:
         raise RuntimeError(
             f"{checkpoint.path}: the weight {name!r} holds NaN or infinity, so it trains nothing. "
@@ -85,6 +88,7 @@ def about(trainer: Trainable) -> dict[str, JSON]:
     tokenizer = getattr(trainer.policy, "tokenizer", None)
     return {
         "parameters": _parameters(trainer.policy.module),
+        "adapters": about_adapters(trainer.policy.module),
         "tokenizer": None if tokenizer is None else _tokenizer(tokenizer),
         "data": fingerprint(trainer.data),
         "files": _files(trainer.output.recipe_yaml),
@@ -95,10 +99,21 @@ def about(trainer: Trainable) -> dict[str, JSON]:
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Moments and step counts of the checkpoint; rates, betas and decay as the run has them now, since those
     may have been changed, and the checkpoint's would quietly win."""
+    _check_kind(optimizer, state)
     own = [{name: one for name, one in group.items() if name != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         group.update(settings)
+
+
+def _check_kind(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Moments in 8 bits are none for an optimiser that wants them in 32."""
+    bits = 8 if any("exp_avg" not in one for one in state["state"].values()) else 32
+    if state["state"] and bits != optimizer_bits(optimizer):
+        raise ValueError(
+            f"The checkpoint's moments have {bits} bits, and optimizer.bits is {optimizer_bits(optimizer)}. "
+            f"Set optimizer.bits={bits}, or start anew with resume=never."
+        )
 
 
 def _check_same(checkpoint: Checkpoint, now: Mapping[str, JSON]) -> None:
@@ -107,6 +122,12 @@ def _check_same(checkpoint: Checkpoint, now: Mapping[str, JSON]) -> None:
         raise ValueError(
             f"{checkpoint.path} belongs to another model: {difference}. Give the policy that it was "
             "trained with, or start anew with resume=never."
+        )
+    if before.get("adapters") != now["adapters"]:
+        raise ValueError(
+            f"{checkpoint.path} holds adapters for another base, or scaled otherwise (then "
+            f"{before.get('adapters')}, now {now['adapters']}). Give the policy.path and policy.lora that "
+            "they were trained with, or start anew with resume=never."
         )
     for name, remedy in (
         ("tokenizer", "Its ids would mean other words. Give the tokenizer that it was trained with"),

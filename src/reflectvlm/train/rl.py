@@ -5,7 +5,6 @@ Sample -> Prompt -> Rollout x G -> ScoredGroup -> Batch -> loss -> one or severa
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import logging
@@ -19,8 +18,10 @@ from torch import Tensor
 
 from reflectvlm.advantages import GroupMean
 from reflectvlm.batch import Batch
+from reflectvlm.models.adapters import adapter_layers
 from reflectvlm.models.carried import carry
 from reflectvlm.models.qwen_vl import QwenVL
+from reflectvlm.models.reference import AdaptersOff, make_reference
 from reflectvlm.objectives import ClippedSurrogate
 from reflectvlm.protocols import Advantage, Objective, Reattention, RolloutEngine
 from reflectvlm.reattention import Implicit, check_reattention
@@ -181,6 +182,12 @@ class RLTrainer:
             raise ValueError(
                 "reference_sync is set, but the objective has no KL term, so there is no reference. Give "
                 "objective.kl, or leave reference_sync out."
+            )
+        if self.reference_sync is not None and adapter_layers(self.policy.module):
+            raise ValueError(
+                "reference_sync is set, and the policy trains adapters (policy.lora): its reference is the "
+                "policy with them switched off, which cannot follow. Leave reference_sync out (null), or "
+                "train the weights themselves with policy.lora=null."
             )
         if not isinstance(self.partial, PartialRollouts | None):
             raise ValueError(  # noqa: TRY004 - what a user wrote in a recipe
@@ -399,16 +406,9 @@ class RLTrainer:
         return self.engine(policy=self.policy)
 
     @functools.cached_property
-    def reference(self) -> QwenVL | None:
+    def reference(self) -> QwenVL | AdaptersOff | None:
         """The policy as it was at the start, if the objective has a KL term."""
-        if getattr(self.objective, "kl", None) is None:
-            return None
-        frozen = copy.deepcopy(self.policy.model).requires_grad_(False).eval()
-        if self.policy.compute is None:
-            return dataclasses.replace(self.policy, model=frozen)
-        # It takes no small steps, so it needs no float32 weights.
-        frozen = frozen.to(getattr(torch, self.policy.compute))
-        return dataclasses.replace(self.policy, model=frozen, compute=None)
+        return None if getattr(self.objective, "kl", None) is None else make_reference(self.policy)
 
     @functools.cached_property
     def updater(self) -> Updater:

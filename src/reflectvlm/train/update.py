@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from reflectvlm.batch import Batch, LossInputs, LossOutputs
+from reflectvlm.batch import Batch, LossInputs, LossOutputs, TokenScores
 from reflectvlm.interrupt import committed, safe_point
 from reflectvlm.protocols import Objective, Policy
 from reflectvlm.train.budget import MICRO_TOKENS, image_parts, passes
@@ -136,7 +136,14 @@ def loss_inputs(batch: Batch, logprobs: Tensor, entropy: Tensor) -> LossInputs:
     )
 
 
-def score_without_grad(policy: Policy, batch: Batch, micro_tokens: int, temperature: float) -> Tensor:
+class Scorer(Protocol):
+    """What a pass without gradients asks of a policy or of a reference."""
+
+    def features(self, images: Sequence[Patches]) -> Tensor: ...
+    def score(self, batch: Batch, features: Tensor, temperature: float = 1.0) -> TokenScores: ...
+
+
+def score_without_grad(policy: Scorer, batch: Batch, micro_tokens: int, temperature: float) -> Tensor:
     """Log-probs [B, T] of the batch's trained tokens, in passes of at most `micro_tokens` tokens."""
     with torch.no_grad():
         features = torch.cat([policy.features(part) for part in image_parts(batch.images, micro_tokens)])
@@ -149,7 +156,7 @@ def score_without_grad(policy: Policy, batch: Batch, micro_tokens: int, temperat
         return result
 
 
-def _passes(policy: Policy, batch: Batch, micro_tokens: int) -> list[Tensor]:
+def _passes(policy: Scorer, batch: Batch, micro_tokens: int) -> list[Tensor]:
     """A policy that does not say whether it runs shared prompts once is taken to run whole rows."""
     return passes(batch.layout, micro_tokens, share_prefix=getattr(policy, "share_prefix", False))
 
