@@ -99,7 +99,7 @@ def test_adapters_begin_as_the_seed_says_and_change_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "scale"),
-    # alpha / rank and alpha / sqrt(rank)
+    # By hand: 6 over 4, 6 over the root of 4, and 32 over 16.
     [({"rank": 4, "alpha": 6.0}, 1.5), ({"rank": 4, "alpha": 6.0, "rslora": True}, 3.0), ({}, 2.0)],
 )
 def test_scale(settings: dict[str, Any], scale: float) -> None:

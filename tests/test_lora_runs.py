@@ -129,8 +129,8 @@ def logits(model: Any, policy: QwenVL) -> Tensor:
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_the_saved_model_is_merged_and_stock(tied: bool, dora: bool, tmp_path: Path) -> None:
-    """Bug: a folder that only peft loads, adapters merged at another scale or twice, rows of new tags lost, or
-    a policy that saving has changed."""
+    """Bug: a folder that only peft loads, adapters merged at another scale or twice, rows of new tags lost,
+    or a policy that saving has changed."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     path = "tiny" if tied else untied_folder(tmp_path / "base")

@@ -96,7 +96,7 @@ def load_model(
             raise
         raise no_safetensors(path, source) from error
     logging.getLogger("reflectvlm").debug("loaded %s from %s", type(model).__name__, source)
-    return ready_for_training(model.eval())
+    return ready_for_training(model.eval(), getattr(torch, compute or dtype))
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:

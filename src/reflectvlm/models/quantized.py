@@ -66,12 +66,19 @@ def import_bitsandbytes(what: str, instead: str) -> Any:
     return bitsandbytes
 
 
-def ready_for_training(model: Any) -> Any:
-    """On a CPU, bitsandbytes lays 4-bit weights out anew at the first product without gradients, in a form
-    whose products have none: after a rollout nothing below would train. Kept from doing so here."""
+def ready_for_training(model: Any, compute: torch.dtype) -> Any:
+    """What bitsandbytes would change while a model is used, so that it is the same before and after.
+
+    On a CPU it lays 4-bit weights out anew at the first product without gradients, in a form whose products
+    have none: after a rollout nothing below would train. Kept from doing so here. And it casts biases to
+    the dtype of a product's inputs, back and forth, of which the first time rounds: done here at once.
+    """
     for _, module in quantized_layers(model):
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+        if module.bias is not None:
+            rounded = module.bias.data.to(compute)
+            module.bias.data = rounded if hasattr(module, "compute_dtype") else rounded.to(module.bias.dtype)
     return model
 
 
@@ -103,8 +110,8 @@ def stored_bytes(parameter: Tensor) -> int:
     """Bytes of a parameter, with the scales of a quantised one."""
     own = parameter.numel() * parameter.element_size()
     state = getattr(parameter, "quant_state", None)
-    scales = [] if state is None else [state.absmax]
-    if getattr(state, "nested", False):
+    scales: list[Tensor] = [] if state is None else [state.absmax]
+    if state is not None and state.nested:
         scales.append(state.state2.absmax)
     if isinstance(of_rows := getattr(parameter, "SCB", None), Tensor):
         scales.append(of_rows)
