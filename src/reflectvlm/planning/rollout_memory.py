@@ -1,0 +1,68 @@
+"""What a rollout takes beside the training state: the cache of keys and values, the prefill of the prompts
+that come together, logits, and the decoder's own copies of weights (`rollout/`, `models/decoder.py`)."""
+
+from __future__ import annotations
+
+from reflectvlm.planning import activations, vision_memory
+from reflectvlm.planning.job import Job
+from reflectvlm.rollout.stepping import padded_rows, padded_width
+
+SHARED_FROM = 16
+"""Common columns from which on a CPU keeps them once more for its group (`models/decoder.py`)."""
+
+
+def per_column(job: Job) -> float:
+    """Bytes of one token in the cache."""
+    text = job.shape.text
+    return 2.0 * text.layers * text.keys * job.training.c
+
+
+def cache(job: Job) -> float:
+    """On a GPU reserved for all rows at their longest and kept; on a CPU it grows by half at a time."""
+    load = job.load
+    needed = load.prompt + load.answer + (load.visual if load.inserted else 0)
+    if job.training.gpu:
+        return padded_rows(load.slots) * padded_width(needed) * per_column(job)
+    columns = load.prompt
+    while columns < load.row:
+        columns = max(columns + 1, columns * 3 // 2)
+    growing = 1 + 1 / job.shape.text.layers
+    return load.slots * columns * per_column(job) * growing + _siblings(job)
+
+
+def _siblings(job: Job) -> float:
+    load = job.load
+    if load.group < 2 or load.prompt < SHARED_FROM or job.training.c < 4:
+        return 0.0
+    return load.slots // load.group * load.prompt * per_column(job)
+
+
+def copies(job: Job) -> float:
+    """Weights that the decode step holds cast or, on a CPU, joined. On a GPU it keeps them."""
+    text, training = job.shape.text, job.training
+    if training.adapter is not None:
+        return 0.0
+    if training.casts:
+        return float(text.linear * training.c)
+    if training.gpu:
+        return 0.0
+    joined = text.width * (text.queries + 2 * text.keys + 2 * text.mlp)
+    return float(text.layers * joined * training.w)
+
+
+def prefill(job: Job) -> float:
+    """All prompts that the free rows take: their images through the tower, or their tokens through the
+    layers, with a mask and the keys and values gathered for it."""
+    load, text, training = job.load, job.shape.text, job.training
+    prompts = max(1, load.slots // load.group)
+    tokens = prompts * load.prompt
+    scores = tokens * load.prompt * (1 + training.c)
+    seen = tokens * 2 * (text.keys + text.queries) * training.c
+    layers = activations.forward(job, tokens) + scores + seen
+    images = vision_memory.forward(job, prompts * load.visual * job.shape.vision.cells)
+    return max(layers, images) + vision_memory.features(job, prompts)
+
+
+def rows(job: Job) -> float:
+    """Drawn ids, log-probs and random numbers of the live rows."""
+    return float(job.load.slots * job.load.answer * 16)

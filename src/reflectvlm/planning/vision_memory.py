@@ -1,0 +1,80 @@
+"""What the vision tower keeps for the way back, and what it needs while it runs.
+
+A patch of a block: two norms, queries, keys and values joined (values are a part of the joined tensor, so
+all of it stays), rotated queries and keys, what attention gives by windows and joined, and the MLP.
+"""
+
+from __future__ import annotations
+
+from reflectvlm.planning.activations import FLOAT, _norm
+from reflectvlm.planning.job import Job
+from reflectvlm.planning.states import counts
+
+
+def tower_trains(job: Job) -> bool:
+    found = counts(job).trained
+    return bool(found["vision"] or found["projector"])
+
+
+def patches(job: Job) -> int:
+    """Of the images that go through the tower at one time: at most `micro_tokens` visual tokens."""
+    load = job.load
+    if not load.visual:
+        return 0
+    images = max(1, min(load.prompts // load.updates, load.micro_tokens // load.visual))
+    return images * load.visual * job.shape.vision.cells
+
+
+def parts(job: Job) -> int:
+    """How often the tower is run for all images of an update."""
+    load = job.load
+    whole = max(1, load.prompts // load.updates) * load.visual * job.shape.vision.cells
+    return -(-whole // patches(job)) if load.visual else 0
+
+
+def block(job: Job) -> float:
+    """Bytes a patch."""
+    vision, training = job.shape.vision, job.training
+    gated, width, c = vision.gated, vision.width, training.c
+    norms = _norm(job, width, readers=1, layer_norm=not gated, part="vision")
+    norms += _norm(job, width, readers=2 if gated else 1, layer_norm=not gated, part="vision")
+    attention = width * c * (3 + 2 + 1 + 1) + FLOAT * vision.heads
+    feed = {"silu": 4, "quick_gelu": 3, "gelu": 2}[vision.activation] * vision.mlp * c
+    return norms + attention + feed
+
+
+def tower(job: Job) -> float:
+    """Kept between the way there and the way back, for the images of one part."""
+    vision, training = job.shape.vision, job.training
+    found = counts(job).trained
+    if not tower_trains(job):
+        return 0.0
+    merger = vision.width * (FLOAT + training.w + 3 * training.c) * (1 + vision.deep)
+    if not found["vision"]:
+        return patches(job) * merger
+    blocks = vision.layers * (vision.width * training.w if training.checkpointing else block(job))
+    first = vision.patch_values * FLOAT + vision.width * training.w
+    return patches(job) * (blocks + merger + first)
+
+
+def again(job: Job) -> float:
+    """The block that is computed again on the way back."""
+    trained = counts(job).trained["vision"]
+    return patches(job) * block(job) if job.training.checkpointing and trained else 0.0
+
+
+def backward(job: Job) -> float:
+    vision, training = job.shape.vision, job.training
+    return patches(job) * (vision.width * training.w + 2 * vision.mlp * training.c) * tower_trains(job)
+
+
+def forward(job: Job, count: int) -> float:
+    """What a pass of so many patches without gradients has at one time."""
+    vision, training = job.shape.vision, job.training
+    wide = max(3 * vision.mlp, 7 * vision.width)
+    return count * (FLOAT * vision.patch_values + 2 * vision.width * training.w + wide * training.c)
+
+
+def features(job: Job, images: int) -> float:
+    """Bytes of the features of so many prompts' images."""
+    return images * job.load.visual * job.shape.text.width * job.training.w * (1 + job.shape.vision.deep)
