@@ -32,7 +32,7 @@ from reflectvlm.models.loading import enable_checkpointing
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.models.tiny import random_tiny
 from reflectvlm.planning import Adapter, Compute, Job, Load, Training
-from reflectvlm.planning.measured import peak_bytes
+from reflectvlm.planning.measured import Watch
 from reflectvlm.planning.reading import shape_of
 from reflectvlm.types import Rollout
 
@@ -73,9 +73,12 @@ def cases() -> list[Case]:
         Case(name="RL, a group in parts", micro_tokens=160, prompts=2, training=plain),
         Case(name="RL, vision frozen", training=frozen),
         Case(name="RL, bfloat16 products", training=half),
-        Case(name="RL, bfloat16 products, checkpointing", training=dataclasses.replace(half, checkpointing=True)),
+        Case(
+            name="RL, bfloat16 products, checkpointing",
+            training=dataclasses.replace(half, checkpointing=True),
+        ),
         Case(name="RL, bfloat16 weights", training=low),
-        Case(name="RL, LoRA", training=dataclasses.replace(plain, adapter=Adapter(rank=8))),
+        Case(name="RL, LoRA", kl=False, training=dataclasses.replace(plain, adapter=Adapter(rank=8))),
         Case(name="SFT", kind="sft", prompts=16, training=plain),
         Case(name="SFT, checkpointing", kind="sft", prompts=16, training=again),
     ]
@@ -83,7 +86,7 @@ def cases() -> list[Case]:
         Case(name="RL with KL", training=plain),
         Case(name="RL with KL, checkpointing", training=again),
         Case(name="RL, vision frozen", training=frozen),
-        Case(name="RL, LoRA", training=dataclasses.replace(plain, adapter=Adapter(rank=8))),
+        Case(name="RL, LoRA", kl=False, training=dataclasses.replace(plain, adapter=Adapter(rank=8))),
         Case(name="SFT", kind="sft", training=plain),
         Case(name="SFT, checkpointing", kind="sft", training=again),
     ]
@@ -105,7 +108,8 @@ def policy_of(case: Case, cache: Path) -> QwenVL:
         freeze(policy.model, sorted(training.frozen))
     if training.checkpointing:
         enable_checkpointing(policy.model)
-    vars(policy)["end_ids"] = policy.reserved_ids[:1]  # never drawn
+    if case.kind == "rl":
+        vars(policy)["end_ids"] = policy.reserved_ids[:1]  # never drawn
     return dataclasses.replace(policy, compute=training.products) if training.products else policy
 
 
@@ -196,17 +200,36 @@ def job_of(case: Case, policy: QwenVL, compute: Compute | None = None) -> Job:
     )
 
 
-def measured(case: Case, policy: QwenVL, prepare: Callable[[Any], Any] = lambda made: made.prepare()) -> int:
-    """Peak of live bytes over the steps of a trainer. `prepare` gets the trainer ready, for whoever spreads
-    it over processes."""
+def measured(
+    case: Case, policy: QwenVL, prepare: Callable[[Any], Any] = lambda made: made.prepare()
+) -> dict[str, int]:
+    """Peak of live bytes of each phase over the steps of a trainer. `prepare` gets the trainer ready, for
+    whoever spreads it over processes."""
     made = trainer_of(case, policy)
     prepare(made)
-    tensors = [*policy.module.parameters(), *policy.module.buffers()]
-    if isinstance(made, RLTrainer) and made.reference is not None:
-        tensors += [*made.reference.module.parameters(), *made.reference.module.buffers()]
-
-    def steps() -> None:
+    watch = Watch(held=_held(made))
+    with watch:
         for number in range(STEPS):
-            made.step(number)
+            if isinstance(made, SFTTrainer):
+                with watch.phase("update"):
+                    made.step(number)
+                continue
+            with watch.phase("rollout"):
+                groups = made.sample_groups(number)
+            # The reference is asked while the batches are made, before the first update.
+            batches: list[Any] = []
+            with watch.phase("reference"):
+                share = -(-len(groups) // case.updates)
+                batches += [made.batch(groups[i : i + share]) for i in range(0, len(groups), share)]
+            for batch in batches:
+                with watch.phase("update"):
+                    made.updater(batch, 1e-6)
+    return watch.peaks
 
-    return peak_bytes(steps, tensors)
+
+def _held(made: RLTrainer | SFTTrainer) -> list[torch.Tensor]:
+    """What is there before the first step."""
+    modules = [made.policy.module]
+    if isinstance(made, RLTrainer) and made.reference is not None:
+        modules.append(made.reference.module)
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]

@@ -42,27 +42,37 @@ def layer(job: Job, one: Pass) -> float:
     return one.tokens * per_token + _attention(job, one)
 
 
-def language(job: Job, one: Pass) -> float:
-    """Kept by all decoder layers, the last norm and the rotation; with checkpointing without the one
-    that is computed again."""
+def layers(job: Job, one: Pass) -> float:
+    """Kept by all decoder layers and by the rotation; with checkpointing without the one that is computed
+    again."""
     if not language_graph(job):
         return 0.0
-    text, size = job.shape.text, one.tokens
-    rotation = 2 * text.head * stream(job) * size
-    last = size * _norm(job, text.width, readers=0)
-    inside = size * text.width * stream(job) if job.training.checkpointing else layer(job, one)
-    return text.layers * inside + last + rotation
+    text = job.shape.text
+    rotation = 2 * text.head * stream(job) * one.tokens
+    inside = _input(job, one) if job.training.checkpointing else layer(job, one)
+    return text.layers * inside + rotation
+
+
+def last_norm(job: Job, one: Pass) -> float:
+    """Kept by the norm behind the layers, and gone when they go back."""
+    return one.tokens * _norm(job, job.shape.text.width, readers=0) * language_graph(job)
 
 
 def again(job: Job, one: Pass) -> float:
-    """The layer that is computed again on the way back."""
-    return layer(job, one) if job.training.checkpointing and language_graph(job) else 0.0
+    """The layer that is computed again on the way back, but for its input."""
+    if not job.training.checkpointing or not language_graph(job):
+        return 0.0
+    return layer(job, one) - _input(job, one)
 
 
 def backward(job: Job, tokens: int) -> float:
-    """Gradients of the layer at hand: of its output, and of gate and up before the product's is freed."""
+    """Gradients of the layer at hand: of its output, and of the MLP's product."""
     text = job.shape.text
-    return tokens * (text.width * stream(job) + 2 * text.mlp * job.training.c)
+    return tokens * (text.width * stream(job) + text.mlp * job.training.c)
+
+
+def _input(job: Job, one: Pass) -> float:
+    return float(one.tokens * job.shape.text.width * stream(job))
 
 
 def forward(job: Job, tokens: int) -> float:
@@ -76,10 +86,7 @@ def _norm(job: Job, width: int, *, readers: int, layer_norm: bool = False, part:
     training = job.training
     trained = bool(counts(job).trained[part])
     reading = trained or (training.adapter is not None and part == "layers")
-    if layer_norm:
-        kept = float(width * training.w)
-    else:
-        kept = width * (FLOAT + training.w * trained) + FLOAT
+    kept = float(width * training.w if layer_norm else width * (FLOAT + training.w * trained) + FLOAT)
     if reading and readers:
         kept += width * _read(job, part) * (readers if _each(job, part) else 1)
     return kept

@@ -25,10 +25,10 @@ class Compute:
     """Moments and master weights are in the host's memory."""
     offload_parameters: bool = False
     """So are the weights that are not in use (zero3 only)."""
-    bucket: int = 500_000_000
-    """Most numbers that are on their way between processes at one time: DeepSpeed's own default."""
+    bucket: int = 50_000_000
+    """Numbers that are sent at one time."""
     live: int = 1_000_000_000
-    """zero3: most parameters that are whole at one time in an update, likewise."""
+    """zero3: most parameters that are whole at one time in an update: DeepSpeed's own default."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -42,7 +42,9 @@ class Compute:
         if self.offload_optimizer and not self.stage:
             raise ValueError(f"compute={self.kind} keeps its optimiser on the GPU. Offload needs zero1 to 3.")
         if self.offload_parameters and self.stage < 3:
-            raise ValueError(f"compute={self.kind} keeps its weights on the GPU. Offloading them needs zero3.")
+            raise ValueError(
+                f"compute={self.kind} keeps its weights on the GPU. Offloading them needs zero3."
+            )
 
     @property
     def stage(self) -> int:

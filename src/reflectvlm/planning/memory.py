@@ -89,9 +89,8 @@ def _moment(job: Job, phase: str, name: str, gradient: float, **parts: float) ->
 
 
 def _batch(job: Job) -> float:
-    load, vision = job.load, job.shape.vision
-    pixels = 0.0 if job.training.gpu else load.visual * vision.cells * vision.patch_values * 4.0
-    return load.prompts * (load.group * load.row * BATCH / load.updates + pixels)
+    load = job.load
+    return load.prompts * load.group * load.row * BATCH / load.updates
 
 
 # -- rollout and reference ----------------------------------------------------------------------------
@@ -100,7 +99,6 @@ def _batch(job: Job) -> float:
 def _rollout(job: Job) -> list[Moment]:
     old = 0.0 if job.compute.stage or job.load.kind == "distill" else gradients(job)
     whole = weights(job) - held(job).gathered if job.compute.stage == 3 else 0.0
-    cache = {} if job.training.gpu else _cache(job)
     first = _moment(
         job,
         "rollout",
@@ -109,7 +107,7 @@ def _rollout(job: Job) -> list[Moment]:
         gathered_weights=whole,
         activations=rollout_memory.prefill(job) + rollout_memory.rows(job),
         cast_weights=_cast(job, kept=False),
-        **cache,
+        **_cache(job, prefilled=True),
     )
     then = _moment(
         job,
@@ -119,13 +117,17 @@ def _rollout(job: Job) -> list[Moment]:
         gathered_weights=whole,
         activations=rollout_memory.rows(job),
         logits=head_memory.drawing(job),
-        **cache,
+        **_cache(job),
     )
     return [first, then]
 
 
-def _cache(job: Job) -> dict[str, float]:
-    return {"KV_cache": rollout_memory.cache(job), "decoder's_copies": rollout_memory.copies(job)}
+def _cache(job: Job, *, prefilled: bool = False) -> dict[str, float]:
+    """What a CPU has for the time of a rollout, and a GPU always."""
+    if job.training.gpu:
+        return {}
+    cache = rollout_memory.cache(job, prefilled=prefilled)
+    return {"KV_cache": cache, "decoder's_copies": rollout_memory.copies(job)}
 
 
 def _reference(job: Job) -> Moment:
@@ -152,8 +154,10 @@ def _update(job: Job) -> list[Moment]:
     one, several = largest_pass(job), number_of_passes(job) > 1
     whole = held(job).gradients
     before = whole if several else 0.0
-    inside = activations.language(job, one)
-    tower = vision_memory.tower(job) + _features(job, back=vision_memory.tower_trains(job))
+    layers = activations.layers(job, one)
+    norm = activations.last_norm(job, one)
+    features = _features(job, back=vision_memory.tower_trains(job))
+    tower = vision_memory.blocks(job) + vision_memory.mergers(job) + features
     own = head_memory.own(job)
     logits = head_memory.kept(job, one)
     head = _moment(
@@ -161,7 +165,7 @@ def _update(job: Job) -> list[Moment]:
         "update",
         "end of the way there",
         before,
-        activations=inside + tower,
+        activations=layers + norm + tower,
         logits=logits + head_memory.forward(job, one, way_back=True),
         cast_weights=_cast(job, kept=True),
     )
@@ -170,7 +174,7 @@ def _update(job: Job) -> list[Moment]:
         "update",
         "head on the way back",
         before + own,
-        activations=inside + tower,
+        activations=layers + norm + tower,
         logits=logits + head_memory.backward(job, one),
         cast_weights=_cast(job, kept=True, inside=False),
     )
@@ -179,7 +183,7 @@ def _update(job: Job) -> list[Moment]:
         "update",
         "top layer on the way back",
         before + _after_head(job, own, several) + _largest_matrix(job) * (several or 0.0),
-        activations=inside + tower + activations.again(job, one) + activations.backward(job, one.tokens),
+        activations=layers + tower + activations.again(job, one) + activations.backward(job, one.tokens),
         cast_weights=_cast(job, kept=True, inside=False),
     )
     return [head, back, top, *_ends(job, one, whole, tower)]
@@ -202,18 +206,18 @@ def _ends(job: Job, one: Pass, whole: float, tower: float) -> list[Moment]:
         )
     ]
     if vision_memory.tower_trains(job):
-        found.append(
-            _moment(
-                job,
-                "update",
-                "vision tower on the way back",
-                whole,
-                activations=tower + vision_memory.again(job) + vision_memory.backward(job),
-            )
-        )
-    adrift = whole if job.compute.stage in (1, 2) else 0.0  # DeepSpeed steps on float32 copies of its share
-    found.append(_moment(job, "step", "optimiser", whole, buckets=adrift * 4 / training.w / job.compute.shared(1)))
+        going = vision_memory.again(job) + vision_memory.backward(job) - vision_memory.mergers(job)
+        found.append(_moment(job, "update", "vision tower on the way back", whole, activations=tower + going))
+    found.append(_moment(job, "step", "optimiser", whole, buckets=_share(job, whole)))
     return found
+
+
+def _share(job: Job, whole: float) -> float:
+    """DeepSpeed's first two stages step on float32 copies of the gradients of their share."""
+    compute = job.compute
+    if compute.stage not in (1, 2):
+        return 0.0
+    return whole * 4 / job.training.w / (compute.world if compute.stage == 1 else 1)
 
 
 def _after_head(job: Job, own: float, several: bool) -> float:

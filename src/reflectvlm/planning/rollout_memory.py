@@ -17,17 +17,19 @@ def per_column(job: Job) -> float:
     return 2.0 * text.layers * text.keys * job.training.c
 
 
-def cache(job: Job) -> float:
-    """On a GPU reserved for all rows at their longest and kept; on a CPU it grows by half at a time."""
+def cache(job: Job, *, prefilled: bool = False) -> float:
+    """On a GPU reserved for all rows at their longest and kept. On a CPU as wide as the prompts at first,
+    and then it grows by half at a time, a layer after the other."""
     load = job.load
-    needed = load.prompt + load.answer + (load.visual if load.inserted else 0)
     if job.training.gpu:
+        needed = load.prompt + load.answer + (load.visual if load.inserted else 0)
         return padded_rows(load.slots) * padded_width(needed) * per_column(job)
-    columns = load.prompt
-    while columns < load.row:
-        columns = max(columns + 1, columns * 3 // 2)
-    growing = 1 + 1 / job.shape.text.layers
-    return load.slots * columns * per_column(job) * growing + _siblings(job)
+    before = columns = load.prompt
+    while not prefilled and columns < load.row:
+        before, columns = columns, max(columns + 1, columns * 3 // 2)
+    growing = 0.0 if prefilled else before / job.shape.text.layers
+    held = load.slots * (columns + growing) * per_column(job)
+    return held + (0.0 if prefilled else _siblings(job))
 
 
 def _siblings(job: Job) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from reflectvlm.planning.job import Compute, Job
 
 PART = ("vision", "projector", "layers", "embedding", "head")
-SCALES = 0.03
+SCALES = 0.02
 """Bytes a quantised number takes for its block's scale."""
 EIGHT_BIT = 1 + 4 / 256
 """Bytes of an 8-bit moment, with the scale of its block of 256."""
@@ -122,4 +122,4 @@ def live(job: Job) -> float:
 
 def buckets(compute: Compute, trained: int) -> float:
     """Numbers on their way between processes; none where there is nobody to send to."""
-    return float(min(compute.bucket, trained)) if compute.stage and compute.world > 1 else 0.0
+    return float(min(compute.bucket, trained)) if compute.world > 1 else 0.0

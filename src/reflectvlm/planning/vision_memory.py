@@ -43,29 +43,32 @@ def block(job: Job) -> float:
     return norms + attention + feed
 
 
-def tower(job: Job) -> float:
-    """Kept between the way there and the way back, for the images of one part."""
+def blocks(job: Job) -> float:
+    """Kept by the patch embedding and the blocks between the way there and the way back, for one part."""
     vision, training = job.shape.vision, job.training
-    found = counts(job).trained
-    if not tower_trains(job):
+    if not counts(job).trained["vision"]:
         return 0.0
-    merger = vision.width * (FLOAT + training.w + 3 * training.c) * (1 + vision.deep)
-    if not found["vision"]:
-        return patches(job) * merger
-    blocks = vision.layers * (vision.width * training.w if training.checkpointing else block(job))
-    first = vision.patch_values * FLOAT + vision.width * training.w
-    return patches(job) * (blocks + merger + first)
+    one = vision.width * training.w if training.checkpointing else block(job)
+    return patches(job) * (vision.layers * one + vision.patch_values * FLOAT + vision.width * training.w)
+
+
+def mergers(job: Job) -> float:
+    """Kept by the mergers: a norm, its result, what the first matrix gives and its activation."""
+    vision, training = job.shape.vision, job.training
+    kept = patches(job) * vision.width * (FLOAT + training.w + 3 * training.c) * (1 + vision.deep)
+    return kept if tower_trains(job) else 0.0
 
 
 def again(job: Job) -> float:
-    """The block that is computed again on the way back."""
-    trained = counts(job).trained["vision"]
-    return patches(job) * block(job) if job.training.checkpointing and trained else 0.0
+    """The block that is computed again on the way back, but for its input."""
+    if not job.training.checkpointing or not counts(job).trained["vision"]:
+        return 0.0
+    return patches(job) * (block(job) - job.shape.vision.width * job.training.w)
 
 
 def backward(job: Job) -> float:
     vision, training = job.shape.vision, job.training
-    return patches(job) * (vision.width * training.w + 2 * vision.mlp * training.c) * tower_trains(job)
+    return patches(job) * (vision.width * training.w + vision.mlp * training.c) * tower_trains(job)
 
 
 def forward(job: Job, count: int) -> float:
