@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,8 @@ def _reward(group: Sequence[Rollout]) -> list[float]:
     return [(sum(one.sampled_ids) % 97) / 97 for one in group]
 
 
-def trainer_of(case: Case, policy: QwenVL) -> RLTrainer | SFTTrainer:
+def trainer_of(case: Case, policy: QwenVL, compute: Compute | None = None) -> RLTrainer | SFTTrainer:
+    """`compute`: how the trainer is spread over the processes that were started; None: one process."""
     from workload import pages
 
     images = pages(case.prompts * STEPS, case.pixels)
@@ -158,6 +159,8 @@ def trainer_of(case: Case, policy: QwenVL) -> RLTrainer | SFTTrainer:
         "optimizer": AdamW(lr=1e-6),
         "micro_tokens": case.micro_tokens,
     }
+    if compute is not None:
+        common["compute"] = _spread(compute)
     if case.kind == "sft":
         return SFTTrainer(rows_per_step=case.prompts, **common)
     return RLTrainer(
@@ -170,6 +173,14 @@ def trainer_of(case: Case, policy: QwenVL) -> RLTrainer | SFTTrainer:
         objective=ClippedSurrogate(kl=KL() if case.kl else None, reduce="token_mean"),
         **common,
     )
+
+
+def _spread(compute: Compute) -> Any:
+    """The trainers' own settings."""
+    from reflectvlm.train.compute import Compute as Settings
+
+    names = ("kind", "offload_optimizer", "offload_parameters", "bucket")
+    return Settings(**{name: getattr(compute, name) for name in names})
 
 
 def job_of(case: Case, policy: QwenVL, compute: Compute | None = None) -> Job:
@@ -191,7 +202,7 @@ def job_of(case: Case, policy: QwenVL, compute: Compute | None = None) -> Job:
             visual=sum(grid.tokens for grid in prompt.grids),
             answer=case.tokens if rl else len(gold.ids),
             group=case.group if rl else 1,
-            prompts=case.prompts,
+            prompts=case.prompts // (compute.world if compute else 1),
             updates=case.updates,
             micro_tokens=case.micro_tokens,
             max_rows=case.prompts * case.group,
@@ -200,31 +211,35 @@ def job_of(case: Case, policy: QwenVL, compute: Compute | None = None) -> Job:
     )
 
 
-def measured(
-    case: Case, policy: QwenVL, prepare: Callable[[Any], Any] = lambda made: made.prepare()
-) -> dict[str, int]:
-    """Peak of live bytes of each phase over the steps of a trainer. `prepare` gets the trainer ready, for
-    whoever spreads it over processes."""
-    made = trainer_of(case, policy)
-    prepare(made)
+def measured(case: Case, policy: QwenVL, compute: Compute | None = None) -> dict[str, int]:
+    """Peak of live bytes of each phase over the steps of a trainer; of several processes, whose phases are
+    their own affair, of whole steps."""
+    made = trainer_of(case, policy, compute)
+    made.prepare()
     watch = Watch(held=_held(made))
     with watch:
         for number in range(STEPS):
-            if isinstance(made, SFTTrainer):
+            if compute is not None:
+                with watch.phase("step"):
+                    made.step(number)
+            elif isinstance(made, SFTTrainer):
                 with watch.phase("update"):
                     made.step(number)
-                continue
-            with watch.phase("rollout"):
-                groups = made.sample_groups(number)
-            # The reference is asked while the batches are made, before the first update.
-            batches: list[Any] = []
-            with watch.phase("reference"):
-                share = -(-len(groups) // case.updates)
-                batches += [made.batch(groups[i : i + share]) for i in range(0, len(groups), share)]
-            for batch in batches:
-                with watch.phase("update"):
-                    made.updater(batch, 1e-6)
+            else:
+                _phases(made, watch, number, case.updates)
     return watch.peaks
+
+
+def _phases(made: RLTrainer, watch: Watch, number: int, updates: int) -> None:
+    """What `RLTrainer.step` does."""
+    with watch.phase("rollout"):
+        groups = made.sample_groups(number)
+    share = -(-len(groups) // updates)
+    with watch.phase("reference"):  # it is asked while the batches are made
+        batches = [made.batch(groups[start : start + share]) for start in range(0, len(groups), share)]
+    for batch in batches:
+        with watch.phase("update"):
+            made.updater(batch, 1e-6)
 
 
 def _held(made: RLTrainer | SFTTrainer) -> list[torch.Tensor]:

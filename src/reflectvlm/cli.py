@@ -27,7 +27,7 @@ reflectvlm: RL and SFT that teach a vision-language model to look at its image a
   reflectvlm train recipe=./mine.yaml               run a recipe of your own
   reflectvlm doctor recipe=lookback_rl              look for what would go wrong in it, without training
   reflectvlm plan recipe=lookback_rl_7b gpus=8 gpu=80GB
-                                                    memory by part and seconds of a step, before anything is loaded
+                                                    memory and seconds of a step, before anything is loaded
   reflectvlm pipeline qwen_la                       a whole chain of recipes, and the table that compares
   reflectvlm generate model=runs/NAME/model image=page.png question="Which digit is upper left?"
   reflectvlm generate model=tiny data=rows.jsonl out=answers.jsonl

@@ -1,4 +1,4 @@
-"""`reflectvlm plan recipe=… gpus=8 gpu=80GB`: what a recipe needs, before anything is loaded. See `docs/plan.md`.
+"""`reflectvlm plan recipe=… gpus=8 gpu=80GB`: what a recipe needs, before anything is loaded. `docs/plan.md`.
 
 Exit code 0 if it fits, 1 if it does not; then the largest part is named and the setting that would do.
 Lengths are the recipe's limits, every row as long as it may be, unless prompt=, answer= and visual= say what
@@ -157,8 +157,8 @@ def seconds_table(made: Plan) -> Table:
     drawn = Table("Seconds of a step, rough", ("part", "seconds"))
     for name, value in asdict(made.seconds).items():
         if value:
-            drawn.add(name, f"{value:,.1f}" if value >= 0.1 else f"{value:.2g}")
-    drawn.add("step", f"{made.seconds.step:,.1f}")
+            drawn.add(name, _rough(value))
+    drawn.add("step", _rough(made.seconds.step))
     return drawn
 
 
@@ -223,7 +223,14 @@ def _moment(moment: Moment) -> dict[str, Any]:
 def _gib(value: float) -> str:
     """Two digits where it is little, so that no part of a small model reads 0."""
     size = value / GIB
-    return f"{size:,.1f}" if size >= 10 or not value else f"{size:.2f}" if size >= 0.01 else f"{size:.1g}"
+    if not value:
+        return "–"
+    return f"{size:,.1f}" if size >= 10 else f"{size:.2f}" if size >= 0.01 else f"{size:.1g}"
+
+
+def _rough(seconds: float) -> str:
+    """Two digits: there is no more in it."""
+    return f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.2g}"
 
 
 def _quoted(setting: str) -> str:

@@ -29,9 +29,9 @@ def language_graph(job: Job) -> bool:
     return found.adapter > 0 or any(found.trained[part] for part in below)
 
 
-def stream(job: Job) -> int:
-    """Bytes of a number between two layers."""
-    return job.training.w
+def stream(job: Job, part: str = "layers") -> int:
+    """Bytes of a number between two layers. The tower's first product is cast, and its stream with it."""
+    return job.training.c if part == "vision" else job.training.w
 
 
 def layer(job: Job, one: Pass) -> float:
@@ -66,9 +66,10 @@ def again(job: Job, one: Pass) -> float:
 
 
 def backward(job: Job, tokens: int) -> float:
-    """Gradients of the layer at hand: of its output, and of the MLP's product."""
+    """Gradients of the layer at hand: of its output, of gate and up; the product's goes as its own input
+    does."""
     text = job.shape.text
-    return tokens * (text.width * stream(job) + text.mlp * job.training.c)
+    return tokens * (text.width * stream(job) + 2 * text.mlp * job.training.c)
 
 
 def _input(job: Job, one: Pass) -> float:
@@ -86,7 +87,8 @@ def _norm(job: Job, width: int, *, readers: int, layer_norm: bool = False, part:
     training = job.training
     trained = bool(counts(job).trained[part])
     reading = trained or (training.adapter is not None and part == "layers")
-    kept = float(width * training.w if layer_norm else width * (FLOAT + training.w * trained) + FLOAT)
+    size = stream(job, part)
+    kept = float(width * size if layer_norm else width * (FLOAT + size * trained) + FLOAT)
     if reading and readers:
         kept += width * _read(job, part) * (readers if _each(job, part) else 1)
     return kept
@@ -103,7 +105,7 @@ def _read(job: Job, part: str) -> int:
     """Bytes of a number that a product keeps. Adapters are float32."""
     training = job.training
     adapted = training.adapter is not None and part == "layers"
-    return FLOAT if adapted and not training.casts else training.c
+    return FLOAT if adapted and training.products is None else training.c
 
 
 def _head_norms(job: Job) -> float:

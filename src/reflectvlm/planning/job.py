@@ -91,7 +91,8 @@ class Training:
     reference: bool = False
     """A copy for the KL term; with an adapter the model itself, its adapter switched off."""
     gpu: bool = True
-    fused_head: bool = True
+    bare: bool = False
+    """Tensors alone, without what a process and its allocator take of a card."""
 
     @property
     def w(self) -> int:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 from reflectvlm.planning import activations, head_memory, rollout_memory, vision_memory
 from reflectvlm.planning.job import Job
-from reflectvlm.planning.passes import Pass, largest_pass, number_of_passes
-from reflectvlm.planning.states import counts, gradients, held, live, weights
+from reflectvlm.planning.passes import Pass, largest_pass, number_of_passes, second_pass
+from reflectvlm.planning.states import MASTER, counts, gradients, held, live, weights
 
 CONTEXT = 0.8 * 2**30
 """What a process takes of a GPU before its first tensor: context, kernels, libraries' workspaces."""
@@ -82,8 +82,8 @@ def _moment(job: Job, phase: str, name: str, gradient: float, **parts: float) ->
     named = {name.replace("_", " "): value for name, value in parts.items()}
     for part, value in named.items():
         base[part] = base.get(part, 0.0) + value
-    base["other"] = base.get("other", 0.0) + _batch(job)
-    if job.training.gpu:
+    base["other"] = base.get("other", 0.0) + _batch(job) * (phase != "rollout")
+    if job.training.gpu and not job.training.bare:
         base["other"] += CONTEXT + FRAGMENTS * sum(base.values())
     return Moment(phase=phase, name=name, parts={part: value for part, value in base.items() if value > 0})
 
@@ -99,6 +99,15 @@ def _batch(job: Job) -> float:
 def _rollout(job: Job) -> list[Moment]:
     old = 0.0 if job.compute.stage or job.load.kind == "distill" else gradients(job)
     whole = weights(job) - held(job).gathered if job.compute.stage == 3 else 0.0
+    pictures = _moment(
+        job,
+        "rollout",
+        "images",
+        old,
+        gathered_weights=whole,
+        activations=rollout_memory.images(job),
+        cast_weights=vision_memory.cast(job),
+    )
     first = _moment(
         job,
         "rollout",
@@ -119,7 +128,7 @@ def _rollout(job: Job) -> list[Moment]:
         logits=head_memory.drawing(job),
         **_cache(job),
     )
-    return [first, then]
+    return [pictures, first, then] if job.load.visual else [first, then]
 
 
 def _cache(job: Job, *, prefilled: bool = False) -> dict[str, float]:
@@ -150,14 +159,21 @@ def _reference(job: Job) -> Moment:
 
 
 def _update(job: Job) -> list[Moment]:
-    """With several passes the fullest is a later one, in which all gradients exist already."""
-    one, several = largest_pass(job), number_of_passes(job) > 1
+    """Of the first pass, which is the largest, and of a second one, in which all gradients exist already:
+    at each instant the fuller one."""
     whole = held(job).gradients
-    before = whole if several else 0.0
+    found = _pass(job, largest_pass(job), 0.0)
+    if (second := second_pass(job)) is not None:
+        later = _pass(job, second, whole)
+        found = [max(pair, key=lambda moment: moment.total) for pair in zip(found, later, strict=True)]
+    return [*found, *_ends(job, whole)]
+
+
+def _pass(job: Job, one: Pass, before: float) -> list[Moment]:
+    """`before`: gradients that are there when it begins."""
     layers = activations.layers(job, one)
     norm = activations.last_norm(job, one)
-    features = _features(job, back=vision_memory.tower_trains(job))
-    tower = vision_memory.blocks(job) + vision_memory.mergers(job) + features
+    tower = _tower(job)
     own = head_memory.own(job)
     logits = head_memory.kept(job, one)
     head = _moment(
@@ -182,15 +198,16 @@ def _update(job: Job) -> list[Moment]:
         job,
         "update",
         "top layer on the way back",
-        before + _after_head(job, own, several) + _largest_matrix(job) * (several or 0.0),
+        before + _after_head(job, own, before) + _largest_matrix(job) * (before > 0),
         activations=layers + tower + activations.again(job, one) + activations.backward(job, one.tokens),
         cast_weights=_cast(job, kept=True, inside=False),
     )
-    return [head, back, top, *_ends(job, one, whole, tower)]
+    return [head, back, top]
 
 
-def _ends(job: Job, one: Pass, whole: float, tower: float) -> list[Moment]:
-    """The bottom of the layers, the tower, and the optimiser."""
+def _ends(job: Job, whole: float) -> list[Moment]:
+    """The bottom of the layers, the tower, and the optimiser; all gradients are there."""
+    one, tower = largest_pass(job), _tower(job)
     text, training = job.shape.text, job.training
     trains = counts(job).trained["embedding"] > 0
     matrix = text.embedding * training.w * trains
@@ -208,21 +225,24 @@ def _ends(job: Job, one: Pass, whole: float, tower: float) -> list[Moment]:
     if vision_memory.tower_trains(job):
         going = vision_memory.again(job) + vision_memory.backward(job) - vision_memory.mergers(job)
         found.append(_moment(job, "update", "vision tower on the way back", whole, activations=tower + going))
-    found.append(_moment(job, "step", "optimiser", whole, buckets=_share(job, whole)))
+    found.append(_moment(job, "step", "optimiser", whole, buckets=_share(job)))
     return found
 
 
-def _share(job: Job, whole: float) -> float:
+def _tower(job: Job) -> float:
+    """What the tower keeps while the passes run, and the features with their gradient."""
+    features = _features(job, back=vision_memory.tower_trains(job))
+    return vision_memory.blocks(job) + vision_memory.mergers(job) + features
+
+
+def _share(job: Job) -> float:
     """DeepSpeed's first two stages step on float32 copies of the gradients of their share."""
-    compute = job.compute
-    if compute.stage not in (1, 2):
-        return 0.0
-    return whole * 4 / job.training.w / (compute.world if compute.stage == 1 else 1)
+    return MASTER * counts(job).trains / job.compute.world if job.compute.stage in (1, 2) else 0.0
 
 
-def _after_head(job: Job, own: float, several: bool) -> float:
+def _after_head(job: Job, own: float, before: float) -> float:
     """Of the head's gradient what is still beside the others when the layers go back."""
-    return own if job.shape.text.tied or not several else 0.0
+    return own if job.shape.text.tied or not before else 0.0
 
 
 def _largest_matrix(job: Job) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from reflectvlm.planning.job import Job, Load
@@ -65,6 +66,16 @@ def number_of_passes(job: Job) -> int:
     """Of one optimiser step."""
     one = largest_pass(job)
     return -(-_rows_of_update(job.load) // (one.units * one.answers))
+
+
+def second_pass(job: Job) -> Pass | None:
+    """The one that comes behind the first, when gradients exist already: as large, or what is left."""
+    one = largest_pass(job)
+    left = _rows_of_update(job.load) - one.units * one.answers
+    if left <= 0:
+        return None
+    units = min(one.units, -(-left // one.answers))
+    return dataclasses.replace(one, units=units, trained=units * one.trained // one.units)
 
 
 def _rows_of_update(load: Load) -> int:

@@ -14,7 +14,7 @@ FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 def read_shape(path: str) -> ModelShape:
-    """Sizes of `"tiny"`, a folder or a hub name. Raises ValueError for a model of which nothing is at hand."""
+    """Sizes of `"tiny"`, a folder or a hub name. Raises ValueError where nothing is at hand."""
     if (file := config_file(path)) is not None:
         return shape_of(_config(json.loads(file.read_text(encoding="utf-8")), path))
     if (shape := known(path)) is not None:

@@ -11,7 +11,7 @@ from typing import Any
 from reflectvlm.planning.job import Adapter, Compute, Job, Load, Training
 from reflectvlm.planning.reading import read_shape
 from reflectvlm.planning.shapes import ModelShape
-from reflectvlm.recipe_check import arguments
+from reflectvlm.recipe_check import RecipeError, arguments
 
 TEXT = 256
 """Tokens of a question with its instruction, where only the whole row's limit is known (SFT)."""
@@ -34,7 +34,7 @@ def job_of(values: Mapping[str, Any], gpus: int, lengths: Lengths = Lengths()) -
     """Raises ValueError for a recipe that makes no trainer, and for settings that cannot be."""
     policy = values.get("policy")
     if not isinstance(policy, Mapping):
-        raise ValueError("The recipe has no policy, so there is no model to plan for.")
+        raise RecipeError("The recipe has no policy, so there is no model to plan for.")
     shape = _shape(policy)
     compute = _compute(values, gpus)
     kind = _kind(values)

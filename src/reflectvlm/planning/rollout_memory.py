@@ -52,17 +52,28 @@ def copies(job: Job) -> float:
     return float(text.layers * joined * training.w)
 
 
+def images(job: Job) -> float:
+    """The images of all prompts that come together, through the tower."""
+    count = _prompts(job)
+    patches = count * job.load.visual * job.shape.vision.cells
+    return vision_memory.forward(job, patches) + vision_memory.features(job, count)
+
+
 def prefill(job: Job) -> float:
-    """All prompts that the free rows take: their images through the tower, or their tokens through the
-    layers, with a mask and the keys and values gathered for it."""
-    load, text, training = job.load, job.shape.text, job.training
-    prompts = max(1, load.slots // load.group)
-    tokens = prompts * load.prompt
-    scores = tokens * load.prompt * (1 + training.c)
-    seen = tokens * 2 * (text.keys + text.queries) * training.c
-    layers = activations.forward(job, tokens) + scores + seen
-    images = vision_memory.forward(job, prompts * load.visual * job.shape.vision.cells)
-    return max(layers, images) + vision_memory.features(job, prompts)
+    """Their tokens through the layers, in attention (keys and values gathered from the cache and repeated,
+    the mask in numbers) or in the MLP."""
+    load, text, c = job.load, job.shape.text, job.training.c
+    tokens = _prompts(job) * load.prompt
+    own = text.width * 2 * activations.stream(job) + 2 * (text.queries + text.keys) * c
+    attention = tokens * (own + 2 * (text.queries + text.keys) * c + load.prompt * c)
+    mask = tokens * load.prompt
+    return (
+        max(attention, activations.forward(job, tokens)) + mask + vision_memory.features(job, _prompts(job))
+    )
+
+
+def _prompts(job: Job) -> int:
+    return max(1, job.load.slots // job.load.group)
 
 
 def rows(job: Job) -> float:

@@ -99,7 +99,7 @@ def _rollout(job: Job, card: Card, rate: float) -> float:
     prompt = load.prompts * (
         2.0 * text.linear * load.prompt + 2.0 * text.layers * text.queries * load.prompt**2
     )
-    read = (text.linear + text.embedding) * training.c
+    read = float((text.linear + text.embedding) * training.c)
     read += load.slots * (load.prompt + load.behind / 2) * per_column(job)
     work = 2.0 * (text.linear + text.embedding) * load.slots / rate
     turns = -(-load.prompts * load.group // load.slots) * load.answer

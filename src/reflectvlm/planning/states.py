@@ -52,7 +52,7 @@ def counts(job: Job) -> Counts:
 def weights(job: Job) -> float:
     """Whole, on one device."""
     training, text = job.training, job.shape.text
-    total = sum(counts(job).all.values()) * training.w + counts(job).adapter * 4
+    total = float(sum(counts(job).all.values()) * training.w + counts(job).adapter * 4)
     if training.adapter is not None and training.adapter.bits is not None:
         total -= text.linear * (training.w - training.adapter.bits / 8 - SCALES)
     return total
@@ -106,12 +106,17 @@ def held(job: Job) -> Held:
     return Held(
         weights=0.0 if compute.offload_parameters else kept,
         gathered=live(job) if compute.stage == 3 else 0.0,
-        gradients=gradients(job) / compute.shared(2),
+        gradients=_accumulated(job) / compute.shared(2),
         optimiser=0.0 if compute.offload_optimizer else own,
         reference=reference(job),
         buckets=buckets(compute, counts(job).trains) * training.w,
         offloaded=adrift,
     )
+
+
+def _accumulated(job: Job) -> float:
+    """DeepSpeed adds gradients up in float32."""
+    return MASTER * counts(job).trains if job.compute.stage else gradients(job)
 
 
 def live(job: Job) -> float:

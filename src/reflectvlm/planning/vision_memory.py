@@ -48,14 +48,20 @@ def blocks(job: Job) -> float:
     vision, training = job.shape.vision, job.training
     if not counts(job).trained["vision"]:
         return 0.0
-    one = vision.width * training.w if training.checkpointing else block(job)
-    return patches(job) * (vision.layers * one + vision.patch_values * FLOAT + vision.width * training.w)
+    one = vision.width * training.c if training.checkpointing else block(job)
+    kept = patches(job) * (vision.layers * one + vision.patch_values * training.c)
+    return kept + (0.0 if training.checkpointing else cast(job))
+
+
+def cast(job: Job) -> float:
+    """The tower's weights in the dtype of the products."""
+    return float(job.shape.vision.tower * job.training.c) if job.training.casts else 0.0
 
 
 def mergers(job: Job) -> float:
     """Kept by the mergers: a norm, its result, what the first matrix gives and its activation."""
     vision, training = job.shape.vision, job.training
-    kept = patches(job) * vision.width * (FLOAT + training.w + 3 * training.c) * (1 + vision.deep)
+    kept = patches(job) * vision.width * (FLOAT + 4 * training.c) * (1 + vision.deep)
     return kept if tower_trains(job) else 0.0
 
 
@@ -63,19 +69,21 @@ def again(job: Job) -> float:
     """The block that is computed again on the way back, but for its input."""
     if not job.training.checkpointing or not counts(job).trained["vision"]:
         return 0.0
-    return patches(job) * (block(job) - job.shape.vision.width * job.training.w)
+    return patches(job) * (block(job) - job.shape.vision.width * job.training.c)
 
 
 def backward(job: Job) -> float:
     vision, training = job.shape.vision, job.training
-    return patches(job) * (vision.width * training.w + vision.mlp * training.c) * tower_trains(job)
+    return patches(job) * (vision.width + 2 * vision.mlp) * training.c * tower_trains(job)
 
 
 def forward(job: Job, count: int) -> float:
-    """What a pass of so many patches without gradients has at one time."""
-    vision, training = job.shape.vision, job.training
-    wide = max(3 * vision.mlp, 7 * vision.width)
-    return count * (FLOAT * vision.patch_values + 2 * vision.width * training.w + wide * training.c)
+    """What a pass of so many patches without gradients has at one time: the pixels, and the larger of the
+    MLP with three wide ones and of the rotation, which is in float32."""
+    vision, c = job.shape.vision, job.training.c
+    feed = 3 * vision.width + 3 * vision.mlp
+    rotation = 5 * vision.width * c + vision.width * FLOAT * (4 if c == FLOAT else 6)
+    return count * (FLOAT * vision.patch_values + max(feed * c, rotation))
 
 
 def features(job: Job, images: int) -> float:
