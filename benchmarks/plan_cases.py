@@ -108,9 +108,10 @@ def policy_of(case: Case, cache: Path) -> QwenVL:
         freeze(policy.model, sorted(training.frozen))
     if training.checkpointing:
         enable_checkpointing(policy.model)
+    policy = dataclasses.replace(policy, compute=training.products, prefix_attention=training.attention)
     if case.kind == "rl":
         vars(policy)["end_ids"] = policy.reserved_ids[:1]  # never drawn
-    return dataclasses.replace(policy, compute=training.products) if training.products else policy
+    return policy
 
 
 def _larger(cache: Path) -> QwenVL:
@@ -129,11 +130,11 @@ def _larger(cache: Path) -> QwenVL:
 
 
 def _adapted(policy: QwenVL, adapter: Adapter) -> QwenVL:
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, inject_adapter_in_model
 
     names = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
     settings = LoraConfig(r=adapter.rank, target_modules=rf".*language_model.*\.({names})")
-    get_peft_model(policy.model, settings)  # puts its layers into the model itself
+    inject_adapter_in_model(settings, policy.model)
     return policy
 
 

@@ -1,4 +1,4 @@
-"""The model of memory: divisions over processes by hand, passes and cache against the code that makes them."""
+"""The model of memory: shares of processes by hand, passes and cache against the code that makes them."""
 
 from __future__ import annotations
 
@@ -101,7 +101,10 @@ def test_adapters() -> None:
     A base in 4 bits has 0.52 bytes for each of the 6.5e9 numbers in its layers' matrices."""
     found = job(adapter=Adapter(rank=16))
     assert counts(found).adapter == counts(found).trains == 40_370_176
-    assert reference(dataclasses.replace(found, training=dataclasses.replace(found.training, reference=True))) == 0
+    assert (
+        reference(dataclasses.replace(found, training=dataclasses.replace(found.training, reference=True)))
+        == 0
+    )
     quantised = job(adapter=Adapter(rank=16, bits=4))
     saved = weights(found) - weights(quantised)
     assert saved == pytest.approx(SEVEN.text.linear * (2 - 0.52))
@@ -209,8 +212,8 @@ def test_cards() -> None:
 
 
 def test_a_decoding_step_reads_weights_and_caches() -> None:
-    """Bug: decoding timed by operations. One row of 1 prompt on an H200 reads 7.07e9 weights of 2 bytes at 0.6
-    of 4.8 TB/s: 4.9 ms a token, 512 of them 2.5 s; its cache, 1,356 tokens of 57 KB, is 0.5 % of that."""
+    """Bug: decoding timed by operations. Two rows on an H200 read 7.07e9 weights of 2 bytes at 0.6 of
+    4.8 TB/s: 4.9 ms a token, 512 of them 2.5 s; their cache, 2 x 1,356 tokens of 57 KB, is 1 % of that."""
     one = job(group=2, prompts=1, max_rows=2)
     found = seconds(one, CARDS["h200"]).rollout
     alone = (SEVEN.text.linear + SEVEN.text.embedding) * 2 / (0.6 * 4.8e12) * 512

@@ -75,7 +75,7 @@ def test_parts_are_the_librarys() -> None:
 
 
 def test_published_sizes() -> None:
-    """Bug: sizes that agree with themselves only. What the models' own pages say: 8.29, 3.75, 8.77 billion."""
+    """Bug: sizes that agree with themselves only. The models' own pages say 8.29, 3.75, 8.77 billion."""
     assert KNOWN["qwen2.5-vl-7b"].parameters == 8_292_166_656
     assert KNOWN["qwen2.5-vl-3b"].parameters == 3_754_622_976
     assert KNOWN["qwen3-vl-8b"].parameters == 8_767_123_696

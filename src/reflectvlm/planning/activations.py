@@ -84,14 +84,18 @@ def forward(job: Job, tokens: int) -> float:
 
 def _norm(job: Job, width: int, *, readers: int, layer_norm: bool = False, part: str = "layers") -> float:
     """Bytes a token that a norm keeps, and the products that read its result."""
-    training = job.training
     trained = bool(counts(job).trained[part])
-    reading = trained or (training.adapter is not None and part == "layers")
     size = stream(job, part)
     kept = float(width * size if layer_norm else width * (FLOAT + size * trained) + FLOAT)
-    if reading and readers:
+    if _reads(job, part) and readers:
         kept += width * _read(job, part) * (readers if _each(job, part) else 1)
     return kept
+
+
+def _reads(job: Job, part: str) -> bool:
+    """Products keep their inputs: those of weights that train, or of adapters."""
+    adapted = job.training.adapter is not None and part == "layers"
+    return adapted or bool(counts(job).trained[part])
 
 
 def _each(job: Job, part: str) -> bool:
@@ -140,7 +144,8 @@ def _attention(job: Job, one: Pass) -> float:
         case "eager":
             kept += tokens * c * 4 * queries + one.mask * text.heads * (FLOAT + 2 * c)
         case "split":
-            kept += c * (tokens * 3 * queries + one.gathered * 2 * keys + one.mask)
+            joined = queries * _reads(job, "layers")  # one behind the other, for the last matrix
+            kept += c * (tokens * (2 * queries + joined) + one.gathered * 2 * keys + one.mask)
         case "varlen":
             kept += c * (tokens * 2 * queries + one.gathered * 2 * keys)
         case _:

@@ -119,7 +119,7 @@ def _rollouts(values: Mapping[str, Any], kind: str, shape: ModelShape, lengths: 
     prompts = get(values, "prompts_per_step", 8) if rl else get(values, "rows_per_batch", 64)
     return Load(
         kind=kind,  # type: ignore[arg-type]
-        prompt=max(lengths.prompt or limit, visual),
+        prompt=lengths.prompt or max(limit, visual),
         visual=visual,
         answer=lengths.answer or int(get(sampling, "max_tokens", 512)),
         inserted=_inserted(values, visual),
@@ -136,8 +136,7 @@ def _rows(values: Mapping[str, Any], shape: ModelShape, lengths: Lengths) -> Loa
     """Of SFT: the longest row, with one image in front of its question."""
     limit = int(get(values, "max_tokens", 4096))
     visual = min(_visual(values, shape, lengths, limit), limit - 2)
-    prompt = lengths.prompt or min(visual + TEXT, limit - 1)
-    prompt = max(prompt, visual)
+    prompt = lengths.prompt or max(visual, min(visual + TEXT, limit - 1))
     return Load(
         kind="sft",
         prompt=prompt,
