@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,6 +128,15 @@ def test_autograd_keeps_what_is_counted(
     counted = activations.layers(job, one) + activations.last_norm(job, one) + head_memory.kept(job, one)
     assert counted == pytest.approx(language, rel=0.03)
     assert vision_memory.blocks(job) + vision_memory.mergers(job) == pytest.approx(tower, rel=0.03)
+
+
+@pytest.mark.usefixtures("plan")
+def test_the_benchmarks_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bug: the commands in its help run together into one paragraph, or the script does not start."""
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(FOLDER / "plan.py"), run_name="__main__")
+    assert "\n    python benchmarks/plan.py --only tiny" in capsys.readouterr().out
 
 
 def test_the_watch_counts_what_is_alive() -> None:
