@@ -15,7 +15,7 @@ from PIL import Image
 from reflectvlm.batch import Batch, TokenScores
 from reflectvlm.models.loading import load_image_processor, load_tokenizer
 from reflectvlm.models.qwen_vl import QwenVL
-from reflectvlm.models.tiny import pretrained_tiny, tiny_model
+from reflectvlm.models.tiny import TinyFamily, pretrained_tiny, tiny_model
 from reflectvlm.protocols import DecodeState
 from reflectvlm.types import AttentionProbe, Insertion, Instruction, Prompt, Rollout, Sample, Spans, Visual
 
@@ -30,20 +30,35 @@ def tokenizer() -> Any:
 
 
 def make_policy(
-    seed: int = 0, gain: float = GAIN, dtype: torch.dtype = torch.float32, **settings: Any
+    seed: int = 0,
+    gain: float = GAIN,
+    dtype: torch.dtype = torch.float32,
+    family: TinyFamily = "qwen2_5_vl",
+    **settings: Any,
 ) -> QwenVL:
     """A fresh random tiny policy with its weight matrices times `gain`.
 
     At this gain float32 rounding alone reaches 5e-5 between two ways of computing the same number;
     parity tests therefore run in float64, where what is left (1e-6) is the log-probs' own float32.
     """
-    model = tiny_model(tokenizer(), seed).eval()
+    model = tiny_model(tokenizer(), seed, family).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(gain)
     processor = load_image_processor(str(pretrained_tiny()), None, None)
     return QwenVL(model=model.to(dtype), tokenizer=tokenizer(), image_processor=processor, **settings)
+
+
+def uneven(policy: QwenVL, seed: int = 0) -> QwenVL:
+    """Moves norms and biases, which begin as ones and zeros: a norm without its weights, or one in place of
+    another, would change nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.module.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn(len(parameter), generator=generator).to(parameter.dtype)
+    return policy
 
 
 def favour(policy: QwenVL, tokens: Sequence[str], factor: float) -> QwenVL:

@@ -1,4 +1,5 @@
-"""COPY and ROUTE against stock Qwen2.5-VL, and between the engine and the trainer.
+"""COPY and ROUTE against stock Qwen2.5-VL, and between the engine and the trainer. The other families are in
+`test_families.py`, with the same oracles.
 
 The oracles share nothing with the engine: COPY is the stock model given the image again at that place
 through its own multi-image path; ROUTE is that sequence without the columns of the tokens left out;
@@ -111,16 +112,24 @@ def stock_logits(policy: QwenVL, rollout: Rollout) -> tuple[Tensor, Tensor]:
     positions, _ = model.model.get_rope_index(ids, types, thw)
     with torch.no_grad():
         pixels = torch.cat([rollout.prompt.patches[image].pixels for image in images]).to(model.dtype)
-        features = torch.cat(
-            list(model.model.get_image_features(pixels, thw, return_dict=True).pooler_output)
-        )
+        made = model.model.get_image_features(pixels, thw, return_dict=True)
+        features = torch.cat(list(made.pooler_output))
         embedded = model.get_input_embeddings()(ids).masked_scatter((types > 0)[..., None], features)
         inside = types[0] > 0
         keep = ~inside
         keep[torch.cat(kept)] = True
         columns = keep.nonzero().flatten()
-        out = model(inputs_embeds=embedded[:, columns], position_ids=positions[:, :, columns])
-    return out.logits[0], ids[0, columns]
+        layers = getattr(
+            made, "deepstack_features", ()
+        )  # of all images or, in later versions, image by image
+        whole = (layer if isinstance(layer, Tensor) else torch.cat(layer) for layer in layers)
+        deep = [layer[keep[inside]] for layer in whole]
+        added = {"visual_pos_masks": inside[columns][None], "deepstack_visual_embeds": deep} if deep else {}
+        out = model.model.language_model(
+            inputs_embeds=embedded[:, columns], position_ids=positions[:, :, columns], **added
+        )
+        logits = model.lm_head(out.last_hidden_state)
+    return logits[0], ids[0, columns]
 
 
 def stock_logprobs(policy: QwenVL, rollout: Rollout) -> list[float]:
@@ -266,7 +275,10 @@ def eager_attention(policy: QwenVL, rollout: Rollout, count: int, probe: Attenti
     with torch.no_grad():
         embedded = policy.embed(batch.ids, batch.visual, policy.features(batch.images))
         out = eager.model.language_model(
-            inputs_embeds=embedded, position_ids=batch.positions, output_attentions=True
+            inputs_embeds=embedded.tokens,
+            position_ids=batch.positions,
+            output_attentions=True,
+            **embedded.deepstack,
         )
     layers = torch.stack(out.attentions)[:, 0].float()  # [L, H, T, T]
     if probe.layers is not None:

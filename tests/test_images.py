@@ -267,7 +267,17 @@ def test_web_addresses(tmp_path: Path) -> None:
     refused(url, tmp_path, "unreachable image", r"cannot be reached \(ConnectionRefusedError\)")
     refused("http://[bad", tmp_path, "unreachable image", "cannot be reached")
     refused("s3://bucket/x.png", tmp_path, "unsupported image", "scheme 's3'")
-    refused("file:///etc/passwd", tmp_path, "unsupported image", "scheme 'file'")
+
+
+def test_file_addresses_are_paths(tmp_path: Path) -> None:
+    """Bug: `file://`, as Qwen-style rows have it, opens what a path may not leave `root` for."""
+    (tmp_path / "a 1.png").write_bytes(encoded(NOISE))
+    for value in (f"file://{tmp_path}/a 1.png", "file://a 1.png", "FILE://./a 1.png"):
+        assert load_image(value, tmp_path).size == (60, 40)
+    for value in ("file:///etc/passwd", "file://../a.png", "file://localhost/../../etc/passwd"):
+        refused(value, tmp_path, "image outside root", "leaves the folder")
+    refused("file://", tmp_path, "unreadable image", "cannot be opened")
+    refused("file://b.png", tmp_path, "missing image", "does not exist")
 
 
 def test_a_server_that_never_ends_is_left(tmp_path: Path) -> None:

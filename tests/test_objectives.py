@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reflectvlm.batch import LossInputs
-from reflectvlm.objectives import KL, ClippedSurrogate, CrossEntropy, dapo, dr_grpo, grpo, gspo
+from reflectvlm.objectives import KL, ClippedSurrogate, CrossEntropy, dapo, dr_grpo, grpo, gspo, wants_full_kl
 from reflectvlm.protocols import Objective
 
 
@@ -100,6 +100,36 @@ def test_the_penalty_under_a_constant_denominator_and_with_k2() -> None:
     assert dapo(kl=KL(0.1, "k2"))(inputs).loss.item() == pytest.approx(0.404 + 0.0240227, abs=1e-6)
 
 
+def test_the_exact_penalty_by_hand() -> None:
+    """Bug: "full" that estimates from log-probs all the same, or reports its estimate instead."""
+    exact = torch.tensor([[0.1, 0.2, 0.3], [0.5, 0.7, 9.0]], dtype=torch.float64, requires_grad=True)
+    inputs = with_reference(by_hand(kl=exact))
+    # trained: 0.1 + 0.2 + 0.3 + 0.5 + 0.7 = 1.8 over 5 tokens
+    outputs = dapo(kl=KL(0.1, "full"))(inputs)
+    assert outputs.loss.item() == pytest.approx(0.404 + 0.1 * 1.8 / 5)
+    assert outputs.metrics["kl"].item() == pytest.approx(1.8 / 5)
+    assert not outputs.metrics["kl"].requires_grad
+    outputs.loss.backward()
+    assert exact.grad is not None
+    assert exact.grad.flatten().tolist() == pytest.approx([0.02] * 5 + [0.0])
+    # rows' means: (0.2 + 0.6) / 2
+    assert grpo(kl=KL(0.1, "full"))(inputs).loss.item() == pytest.approx(0.75 + 0.1 * 0.4)
+
+
+def test_the_metric_is_exact_where_that_is_known() -> None:
+    """Bug: the estimate in place of the exact KL, or one of them only if the loss penalises it."""
+    assert dapo()(with_reference(by_hand())).metrics["kl"].item() == pytest.approx(1 - math.log(2))
+    exact = torch.full((2, 3), 0.4, dtype=torch.float64)
+    assert dapo()(with_reference(by_hand(kl=exact))).metrics["kl"].item() == pytest.approx(0.4)
+    assert "kl" not in dapo()(by_hand()).metrics
+
+
+def test_which_objectives_need_the_exact_kl() -> None:
+    """Bug: a trainer that computes reference log-probs nobody reads, or none where they are needed."""
+    wanted = [wants_full_kl(one) for one in (grpo(kl=KL(0.1, "full")), grpo(kl=KL()), grpo(), CrossEntropy())]
+    assert wanted == [True, False, False, False]
+
+
 def test_cross_entropy_by_hand() -> None:
     """Bug: a mean over the micro-batch's tokens, so that short rows weigh more."""
     logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -5.0, -math.inf]])
@@ -145,13 +175,13 @@ OBJECTIVES: list[Objective] = [
     grpo(kl=KL(0.1)),
     dr_grpo(max_tokens=7),
     dapo(kl=KL(0.1, "k2")),
-    gspo(),
+    gspo(kl=KL(0.1, "full")),
     ClippedSurrogate(dual_clip=2.0, ratio="sequence", reduce="token_mean"),
     CrossEntropy(),
 ]
 
 
-def random_inputs(rows: int, columns: int, seed: int) -> LossInputs:
+def random_inputs(rows: int, columns: int, seed: int, full: bool = False) -> LossInputs:
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> Tensor:
@@ -168,6 +198,7 @@ def random_inputs(rows: int, columns: int, seed: int) -> LossInputs:
         mask=mask,
         num_tokens=float(mask.sum()),
         num_sequences=float(rows),
+        kl=noise(rows, columns).abs() if full else None,
     )
 
 
@@ -187,7 +218,7 @@ def test_losses_gradients_and_metrics_of_any_split_add_up(
     objective: Objective, places: list[int], seed: int
 ) -> None:
     """Bug: any mean over a micro-batch: accumulation and data parallelism then change the update."""
-    inputs = random_inputs(len(places), 4, seed)
+    inputs = random_inputs(len(places), 4, seed, wants_full_kl(objective))
     whole = objective(inputs)
     (whole_gradient,) = torch.autograd.grad(whole.loss, inputs.logprobs)
     parts = [
@@ -206,7 +237,7 @@ def test_losses_gradients_and_metrics_of_any_split_add_up(
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 def test_an_empty_mask_gives_zero_with_a_gradient_path(objective: Objective) -> None:
     """Bug: a rank or an update without trained tokens makes NaN, or skips its collectives."""
-    inputs = random_inputs(2, 3, seed=0)
+    inputs = random_inputs(2, 3, seed=0, full=wants_full_kl(objective))
     nothing = torch.zeros_like(inputs.mask)
     outputs = objective(dataclasses.replace(inputs, mask=nothing, num_tokens=0.0, num_sequences=0.0))
     (gradient,) = torch.autograd.grad(outputs.loss, inputs.logprobs)
@@ -219,7 +250,7 @@ def test_an_empty_mask_gives_zero_with_a_gradient_path(objective: Objective) -> 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
 def test_what_is_not_trained_reaches_neither_loss_nor_gradient(objective: Objective, garbage: float) -> None:
     """Bug: 0 * inf in the backward pass at a padded token."""
-    clean = random_inputs(3, 4, seed=1)
+    clean = random_inputs(3, 4, seed=1, full=wants_full_kl(objective))
 
     def spoiled(tensor: Tensor) -> Tensor:
         return tensor.detach().masked_fill(~clean.mask, garbage)
@@ -231,6 +262,7 @@ def test_what_is_not_trained_reaches_neither_loss_nor_gradient(objective: Object
         old_logprobs=spoiled(clean.old_logprobs),
         ref_logprobs=spoiled(clean.ref_logprobs),
         entropy=spoiled(clean.entropy),
+        kl=None if clean.kl is None else spoiled(clean.kl),
     )
     first, second = objective(clean), objective(dirty)
     torch.testing.assert_close(second.loss, first.loss)
@@ -255,6 +287,8 @@ def test_a_penalty_without_a_reference_is_refused() -> None:
         ValueError, match=r"ref_logprobs is None, but the objective has a KL penalty.*kl=None"
     ):
         grpo(kl=KL(0.1))(by_hand())
+    with pytest.raises(ValueError, match=r"kl is None, but .*KL\(estimator='full'\).*estimator='k3'"):
+        grpo(kl=KL(0.1, "full"))(with_reference(by_hand()))
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from reflectvlm.advantages import GroupMean, LeaveOneOut
 from reflectvlm.batch import LossInputs
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.models.tiny import random_tiny
-from reflectvlm.objectives import KL, ClippedSurrogate, CrossEntropy, dapo, dr_grpo, grpo, gspo
+from reflectvlm.objectives import KL, ClippedSurrogate, CrossEntropy, dapo, dr_grpo, grpo, gspo, wants_full_kl
 from reflectvlm.protocols import Advantage, Objective, Reattention
 from reflectvlm.reattention import Implicit, VisualCopy, VisualRoute
 from reflectvlm.rewards.lift import per_rollout
@@ -49,6 +49,7 @@ OBJECTIVES: list[ClippedSurrogate] = [
     gspo(),
     ClippedSurrogate(dual_clip=3.0),
     ClippedSurrogate(ratio="sequence", dual_clip=3.0, reduce="token_mean", kl=KL(0.1, "k2")),
+    grpo(kl=KL(0.1, "full")),
     BRPO,
 ]
 NO_DECAY = AdamW(lr=1e-3, weight_decay=0.0)
@@ -292,6 +293,7 @@ def test_d4_extreme_log_probs_stay_finite(objective: Objective) -> None:
                     mask=torch.tensor([[True, True]]),
                     num_tokens=2.0,
                     num_sequences=1.0,
+                    kl=logprobs.detach().abs() if wants_full_kl(objective) else None,
                 )
             )
             (gradient,) = torch.autograd.grad(outputs.loss, logprobs)

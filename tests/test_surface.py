@@ -92,9 +92,10 @@ RECIPES = [
 ]
 
 CHOICES = {
-    "policy": "qwen2_5_vl_3b qwen2_5_vl_7b qwen2_5_vl_7b_qwen_la qwen2_5_vl_7b_qwen_la_sft tiny "
-    "tiny_qwen_la tiny_qwen_la_sft tiny_random",
-    "data": "digit_traces digits digits_to_read qwen_la_questions qwen_la_traces rows shapes",
+    "policy": "qwen2_5_vl_3b qwen2_5_vl_7b qwen2_5_vl_7b_qwen_la qwen2_5_vl_7b_qwen_la_sft qwen3_vl_8b "
+    "tiny tiny_qwen_la tiny_qwen_la_sft tiny_random",
+    "data": "digit_traces digits digits_to_read messages qwen_la_questions qwen_la_traces rows shapes",
+    "compute": "ddp single zero1 zero2 zero3",
 }
 
 PROTOCOLS = {
@@ -105,6 +106,7 @@ PROTOCOLS = {
     "Objective": "__call__",
     "Policy": "answer batch decode features module offsets prompt prompt_length reserved_ids save score",
     "Reattention": "__call__ probe trigger",
+    "Reference": "features states",
     "Reward": "__call__",
     "RolloutEngine": "generate",
     "Tracker": "close metrics rollouts start",

@@ -6,6 +6,7 @@ private parts of one release, so another one may need another set of attributes 
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections import defaultdict
 from types import SimpleNamespace
@@ -84,8 +85,12 @@ def random_inputs(seed: int) -> LossInputs:
     )
 
 
-def trl_loss(inputs: LossInputs, **settings: Any) -> tuple[torch.Tensor, dict[str, list[float]]]:
+def trl_loss(
+    inputs: LossInputs, weight: torch.Tensor | None = None, **settings: Any
+) -> tuple[torch.Tensor, dict[str, list[float]]]:
+    """`weight`: of each token, as TRL has it from vLLM's log-probs."""
     trainer = scripted_trainer(inputs.logprobs, inputs.entropy, **settings)
+    trainer.use_vllm = trainer.vllm_importance_sampling_correction = weight is not None
     rows = len(inputs.mask)
     batch = {
         "prompt_ids": torch.zeros(rows, 1, dtype=torch.long),
@@ -96,6 +101,7 @@ def trl_loss(inputs: LossInputs, **settings: Any) -> tuple[torch.Tensor, dict[st
         "old_per_token_logps": inputs.old_logprobs,
         "ref_per_token_logps": inputs.ref_logprobs,
         "num_items_in_batch": inputs.mask.sum(),
+        "importance_sampling_ratio": weight,
     }
     return trainer._compute_loss(None, batch), trainer._metrics["train"]
 
@@ -119,15 +125,28 @@ CLIPS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 @pytest.mark.parametrize(("clip", "their_clip"), CLIPS)
+@pytest.mark.parametrize("cap", [None, 3.0])
 def test_losses_and_gradients_equal_those_of_trl(
-    loss_type: str, level: Any, beta: float, clip: dict[str, Any], their_clip: dict[str, Any]
+    loss_type: str,
+    level: Any,
+    beta: float,
+    clip: dict[str, Any],
+    their_clip: dict[str, Any],
+    cap: float | None,
 ) -> None:
-    """Bug: any difference from the implementation that most published runs used."""
+    """Bug: any difference from the implementation that most published runs used. With a cap, vLLM has
+    sampled: TRL's "token_truncate" clamps exp(trainer's - vLLM's) from above."""
     inputs = random_inputs(seed=3)
+    weight = None
+    if cap is not None:
+        gap = 2 * torch.randn(inputs.mask.shape, generator=torch.Generator().manual_seed(4))
+        weight = gap.exp().clamp(max=cap)
+        assert (weight[inputs.mask] == cap).any()
+        inputs = dataclasses.replace(inputs, engine_logprobs=inputs.old_logprobs - gap)
     kl = KL(beta) if beta else None
-    ours = ClippedSurrogate(ratio=level, kl=kl, **REDUCTIONS[loss_type], **clip)(inputs)
+    ours = ClippedSurrogate(ratio=level, kl=kl, importance_cap=cap, **REDUCTIONS[loss_type], **clip)(inputs)
     settings = {"loss_type": loss_type, "importance_sampling_level": level, "beta": beta}
-    theirs, metrics = trl_loss(inputs, **settings, **their_clip)
+    theirs, metrics = trl_loss(inputs, weight, **settings, **their_clip)
     torch.testing.assert_close(ours.loss, theirs, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
         torch.autograd.grad(ours.loss, inputs.logprobs),

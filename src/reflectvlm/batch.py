@@ -71,6 +71,9 @@ class Batch:
     num_sequences: float
     """Sequences of the whole update."""
     ref_logprobs: Float[Tensor, "B T"] | None = None
+    engine_logprobs: Float[Tensor, "B T"] | None = None
+    """What a rollout engine with arithmetic of its own said its tokens' log-probs were; `old_logprobs` are
+    then the trainer's at that time. None: engine and trainer are the same, which needs no correction."""
     row_ids: tuple[str, ...] = ()
     """Ids of the rows' samples, for reports."""
 
@@ -103,6 +106,7 @@ class Batch:
             old_logprobs=self.old_logprobs[rows, columns],
             advantages=self.advantages[rows],
             ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[rows, columns],
+            engine_logprobs=None if self.engine_logprobs is None else self.engine_logprobs[rows, columns],
             row_ids=tuple(self.row_ids[row] for row in which.tolist()) if self.row_ids else (),
         )
         part.__dict__["layout"] = layout._replace(start=np.maximum(layout.start - columns.start, 0))
@@ -130,7 +134,20 @@ class TokenScores:
 
     logprobs: Float[Tensor, "B T"]
     entropy: Float[Tensor, "B T"]
-    """Entropy in nats of the distribution the token was drawn from; carries no gradient."""
+    """Entropy in nats of the distribution the token was drawn from; carries no gradient. Zeros where nobody
+    asked for it."""
+    kl: Float[Tensor, "B T"] | None = None
+    """KL(policy || reference) of that distribution, exactly, with its gradient; None without a reference."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReferenceStates:
+    """What the exact KL to a reference needs of it. Carries no gradient."""
+
+    hidden: Float[Tensor, "K E"]
+    """Hidden states from which the batch's trained tokens are predicted, row after row."""
+    weight: Float[Tensor, "V E"]
+    """The head."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -147,6 +164,10 @@ class LossInputs:
     """Trained tokens of the whole update: the denominator of a token mean."""
     num_sequences: float
     """Sequences of the whole update: the denominator of a sequence mean."""
+    kl: Float[Tensor, "B T"] | None = None
+    """`TokenScores.kl`."""
+    engine_logprobs: Float[Tensor, "B T"] | None = None
+    """See `Batch`; None asks for no correction."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -74,7 +74,7 @@ For generate:
   data= out= resume=auto
                         a file or folder of rows, gold answers not needed; one JSON line per row, and
                         what is in the file is not answered again
-  columns.question= columns.images= columns.id= root= split= max_rows= max_bad= batch=
+  columns.question= columns.images= columns.id= columns.messages= root= split= max_rows= max_bad= batch=
                         how rows are read, and how many are answered at one time
 
 A recipe of your own may begin with ours:

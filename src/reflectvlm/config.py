@@ -32,7 +32,7 @@ from reflectvlm.recipe_files import find_recipe, recipes_folder
 if TYPE_CHECKING:
     from reflectvlm.building import Runnable
 
-GROUPS = ("policy", "data")
+GROUPS = ("policy", "data", "compute")
 """Nodes that are chosen whole: `policy=tiny` takes recipes/policy/tiny.yaml."""
 
 SHORT_NAMES = {

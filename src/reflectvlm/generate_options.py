@@ -27,7 +27,7 @@ POLICY = ("dtype", "min_pixels", "max_pixels", "trust_remote_code")
 SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "stop")
 ONE = ("image", "question")
 FILE = ("data", "out", "resume", "batch", "split", "root", "max_rows", "max_bad")
-COLUMNS = ("columns.question", "columns.images", "columns.id")
+COLUMNS = ("columns.question", "columns.images", "columns.id", "columns.messages")
 SEVERAL = ("image", "stop", "columns.images")
 """Keys that may be given more than once."""
 KINDS = {"implicit": "Implicit", "copy": "VisualCopy", "route": "VisualRoute"}

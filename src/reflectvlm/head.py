@@ -1,12 +1,18 @@
-"""Log-probs and entropies straight from hidden states, a tile of the vocabulary at a time.
+"""Log-probs, entropies and exact KL straight from hidden states, a tile of the vocabulary at a time.
 
-`ops.token_scores` says what is computed and is the reference. Here the same numbers come from tiles
-of at most some million logits: a forward sweep that keeps a running maximum and sum (the online
+`ops.token_scores` and `ops.token_kl` say what is computed and are the reference. Here the same numbers come
+from tiles of at most some million logits: a forward sweep that keeps a running maximum and sum (the online
 softmax of arXiv 1805.02867), and a backward sweep that makes each tile's gradient
 
-    d z_kv = g_k (1[v = target_k] - p_kv) / temperature
+    d z_kv = (g_k (1[v = target_k] - p_kv) + h_k p_kv (a_kv - E_p[a_k])) / temperature
 
-and uses it up at once for hidden states and head. Logits of up to `chunk` tokens are kept between the
+and uses it up at once for hidden states and head. g and h are the gradients of log-prob and KL, and
+a = z - y is how far the policy's logits z are from the reference's y:
+
+    KL(p || q) = E_p[a] + log sum e^y - log sum e^z
+
+All three sums come from one sweep. The normalisers leave the gradient, log p - log q - KL = a - E_p[a], and
+equal logits give exactly 0. Logits of up to `chunk` tokens (both models' for a KL) are kept between the
 sweeps; of more tokens they are computed again, so memory never grows with tokens times vocabulary.
 
 Shapes as in `ops`: K tokens, D width, V vocabulary. Left out: a bias, and tensor parallelism.
@@ -16,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -24,13 +30,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from reflectvlm.models.products import product
-
-CPU_TILE, CPU_ELEMENTS = 4096, 2**20
-"""Columns and logits of one tile on a CPU: it stays in the cache, which is what makes the sweep fast."""
-GPU_ELEMENTS = 2**28
-"""Logits of one tile elsewhere: few large kernels beat many small ones."""
-BANNED = -1e30
-"""Logit of an id that cannot be: its probability is exactly 0, and 0 times it is 0, not NaN."""
+from reflectvlm.ops import check_reference, check_scoring
+from reflectvlm.tiles import BANNED, Piece, Side, Sweep, product_dtype, tile_size
 
 
 def fused_token_scores(
@@ -50,33 +51,32 @@ def fused_token_scores(
 
     Under autocast products are in its dtype, and their results are softmaxed in float32, as there.
     """
-    if not temperature > 0:
-        raise ValueError(
-            f"temperature is {temperature}. Log-probs need one above 0; for greedy sampling use 1."
-        )
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}. It counts tokens scored at once and must be at least 1.")
-    device = hidden.device
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-    else:
-        dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    columns, rows = _tile(hidden, weight, tile)
-    sweep = Sweep(
-        targets=targets,
-        banned=torch.as_tensor(banned, dtype=torch.long, device=device).sort().values,
-        temperature=temperature,
-        rows=min(rows, chunk),
-        tile=columns,
-        keep=len(hidden) <= chunk,
-        entropy=entropy,
-        fast=fast_products,
-        grad=torch.is_grad_enabled(),
-        dtype=dtype,
+    sweep = _sweep(hidden, weight, targets, banned, temperature, chunk, tile, entropy, fast_products)
+    return _scored(hidden, weight, sweep)[:2]
+
+
+def fused_scores_and_kl(
+    hidden: Float[Tensor, "K D"],
+    weight: Float[Tensor, "V D"],
+    targets: Int[Tensor, " K"],
+    ref_hidden: Float[Tensor, "K E"],
+    ref_weight: Float[Tensor, "V E"],
+    *,
+    banned: Sequence[int] | Int[Tensor, " R"] = (),
+    temperature: float = 1.0,
+    chunk: int = 1024,
+    tile: int | None = None,
+    entropy: bool = True,
+    fast_products: bool = True,
+) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"], Float[Tensor, " K"]]:
+    """`fused_token_scores`, and from the same sweep what `ops.token_kl` gives: the KL of each token's
+    distribution to the reference's, with its gradient. Nothing goes back to the reference."""
+    check_reference(hidden, weight, ref_hidden, ref_weight)
+    reference = Side(ref_hidden.detach(), ref_weight.detach(), product_dtype(ref_hidden, ref_weight))
+    sweep = _sweep(
+        hidden, weight, targets, banned, temperature, chunk, tile, entropy, fast_products, reference
     )
-    with torch.autocast(device.type, enabled=False):
-        logprobs, entropies = _Scores.apply(hidden, weight, sweep)
-    return logprobs, entropies
+    return _scored(hidden, weight, sweep)
 
 
 FEW_ROWS = 32
@@ -93,80 +93,48 @@ def next_token_logits(head: nn.Module, hidden: Float[Tensor, "B D"]) -> Float[Te
     return (cast(nn.Linear, head).weight @ rows.T).T[: len(hidden)].contiguous()
 
 
-def _tile(hidden: Tensor, weight: Tensor, tile: int | None) -> tuple[int, int]:
-    """Columns and rows that are worked on at once."""
-    on_cpu = hidden.device.type == "cpu"
-    columns = min(len(weight), (CPU_TILE if on_cpu else len(weight)) if tile is None else tile)
-    return columns, max(1, (CPU_ELEMENTS if on_cpu else GPU_ELEMENTS) // columns)
+def _sweep(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    banned: Sequence[int] | Tensor,
+    temperature: float,
+    chunk: int,
+    tile: int | None,
+    entropy: bool,
+    fast: bool,
+    reference: Side | None = None,
+) -> Sweep:
+    check_scoring(temperature, chunk)
+    columns, rows = tile_size(hidden, weight, tile)
+    return Sweep(
+        targets=targets,
+        banned=torch.as_tensor(banned, dtype=torch.long, device=hidden.device).sort().values,
+        temperature=temperature,
+        rows=min(rows, chunk),
+        tile=columns,
+        keep=len(hidden) <= chunk,
+        entropy=entropy,
+        fast=fast,
+        grad=torch.is_grad_enabled(),
+        dtype=product_dtype(hidden, weight),
+        reference=reference,
+    )
 
 
-class Piece(NamedTuple):
-    """The logits of some tokens at some of the vocabulary."""
-
-    tokens: slice
-    ids: slice
-    logits: Float[Tensor, "k t"]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Sweep:
-    """What both directions have to know."""
-
-    targets: Int[Tensor, " K"]
-    banned: Int[Tensor, " R"]
-    """Sorted."""
-    temperature: float
-    rows: int
-    """Tokens of one tile."""
-    tile: int
-    """Ids of one tile."""
-    keep: bool
-    """Logits are kept for the way back rather than computed twice."""
-    entropy: bool
-    fast: bool
-    """Products on a CPU go through oneDNN (`models/products.py`)."""
-    grad: bool
-    """There may be a way back."""
-    dtype: torch.dtype
-    """Of the matrix products."""
-
-    def pieces(self, hidden: Tensor, weight: Tensor, tokens: slice) -> Iterator[Piece]:
-        """Logits in at least float32, a tile at a time. A tile may be overwritten: it is the caller's."""
-        part = hidden[tokens].to(self.dtype)
-        for ids, banned in self._tiles(len(weight)):
-            logits = product(part, weight[ids].to(self.dtype), fast=self.fast)
-            logits = logits.to(torch.promote_types(self.dtype, torch.float32))
-            if self.temperature != 1:
-                logits.div_(self.temperature)
-            if len(banned):
-                logits.index_fill_(1, banned, BANNED)
-            yield Piece(tokens, ids, logits)
-
-    def chunks(self) -> Iterator[slice]:
-        for start in range(0, len(self.targets), self.rows):
-            yield slice(start, min(start + self.rows, len(self.targets)))
-
-    def hits(self, piece: Piece) -> tuple[Int[Tensor, " h"], Int[Tensor, " h"]]:
-        """Where targets lie in the tile: row and column."""
-        targets = self.targets[piece.tokens] - piece.ids.start
-        row = ((targets >= 0) & (targets < piece.logits.shape[1])).nonzero().flatten()
-        return row, targets[row]
-
-    def _tiles(self, vocabulary: int) -> Iterator[tuple[slice, Tensor]]:
-        """Columns of each tile, with the banned ones among them, counted from its start."""
-        starts = list(range(0, vocabulary, self.tile))
-        edges = torch.tensor([*starts, vocabulary], device=self.banned.device)
-        cuts = torch.searchsorted(self.banned, edges).tolist()
-        for number, start in enumerate(starts):
-            banned = self.banned[cuts[number] : cuts[number + 1]] - start
-            yield slice(start, min(start + self.tile, vocabulary)), banned
+def _scored(hidden: Tensor, weight: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(hidden.device.type, enabled=False):
+        logprobs, entropies, divergences = _Scores.apply(hidden, weight, sweep)
+    return logprobs, entropies, divergences
 
 
 class _Scores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(sweep.dtype, torch.float32)
-        logprobs, entropies, totals = (hidden.new_zeros(len(hidden), dtype=wide) for _ in range(3))
+        logprobs, entropies, totals, divergences, apart = (
+            hidden.new_zeros(len(hidden), dtype=wide) for _ in range(5)
+        )
         needed = sweep.grad and any(ctx.needs_input_grad[:2])
         kept: list[Tensor] | None = [] if needed and sweep.keep else None
         for tokens in sweep.chunks():
@@ -174,23 +142,25 @@ class _Scores(torch.autograd.Function):
             for piece in sweep.pieces(hidden, weight, tokens):
                 state.take(piece, sweep, keep=kept is not None)
                 if kept is not None:
-                    kept.append(piece.logits)
+                    kept += [piece.logits] if piece.theirs is None else [piece.logits, piece.theirs]
             totals[tokens] = total = state.largest + state.sum.log()
             logprobs[tokens] = state.target - total
             if sweep.entropy:
                 entropies[tokens] = total - state.weighted / state.sum
+            if sweep.reference is not None:
+                apart[tokens], divergences[tokens] = state.compared()
         impossible = torch.isin(sweep.targets, sweep.banned)
-        ctx.save_for_backward(hidden, weight, totals, *(kept or ()))
+        ctx.save_for_backward(hidden, weight, totals, apart, *(kept or ()))
         ctx.sweep, ctx.kept = sweep, kept is not None
-        ctx.mark_non_differentiable(entropies)
-        return logprobs.masked_fill(impossible, float("-inf")), entropies
+        ctx.mark_non_differentiable(entropies, *([divergences] if sweep.reference is None else []))
+        return logprobs.masked_fill(impossible, float("-inf")), entropies, divergences
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        hidden, weight, totals, *kept = ctx.saved_tensors
+        hidden, weight, totals, apart, *kept = ctx.saved_tensors
         sweep: Sweep = ctx.sweep
-        grad = grads[0] / sweep.temperature
+        grad, pull = grads[0] / sweep.temperature, grads[2] / sweep.temperature
         to_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         left = iter(kept)
@@ -198,7 +168,9 @@ class _Scores(torch.autograd.Function):
             part = hidden[tokens].to(sweep.dtype)
             pieces = _kept(sweep, weight, tokens, left) if ctx.kept else sweep.pieces(hidden, weight, tokens)
             for piece in pieces:
-                slope = _slope(piece, sweep, totals[tokens], grad[tokens])
+                slope = _slope(
+                    piece, sweep, totals[tokens], grad[tokens], apart=apart[tokens], pull=pull[tokens]
+                )
                 if to_hidden is not None:
                     _add_product(to_hidden[tokens], slope, weight[piece.ids].to(sweep.dtype), sweep.fast)
                 if to_weight is not None:
@@ -208,19 +180,31 @@ class _Scores(torch.autograd.Function):
 
 @dataclass(kw_only=True, eq=False)
 class _Online:
-    """Running maximum m, sum of e^(z - m), sum of e^(z - m) z, and the target's logit."""
+    """Running maximum m, sum of e^(z - m), sum of e^(z - m) z, and the target's logit. With a reference:
+    sum of e^(z - m) (z - y), and maximum and sum of its own logits y."""
 
     largest: Tensor
     sum: Tensor
     weighted: Tensor
     target: Tensor
+    apart: Tensor
+    their_largest: Tensor
+    their_sum: Tensor
 
     @classmethod
     def start(cls, like: Tensor, dtype: torch.dtype) -> _Online:
         def full(value: float) -> Tensor:
             return like.new_full((len(like),), value, dtype=dtype)
 
-        return cls(largest=full(BANNED), sum=full(0.0), weighted=full(0.0), target=full(0.0))
+        return cls(
+            largest=full(BANNED),
+            sum=full(0.0),
+            weighted=full(0.0),
+            target=full(0.0),
+            apart=full(0.0),
+            their_largest=full(BANNED),
+            their_sum=full(0.0),
+        )
 
     def take(self, piece: Piece, sweep: Sweep, *, keep: bool) -> None:
         logits = piece.logits
@@ -230,28 +214,54 @@ class _Online:
         shrink = (self.largest - largest).exp()
         power = (logits - largest[:, None]).exp_()
         self.sum = self.sum * shrink + power.sum(1)
+        if piece.theirs is not None:
+            self._take_theirs(piece.theirs)
+            apart = logits - piece.theirs if keep else torch.sub(logits, piece.theirs, out=piece.theirs)
+            self.apart = self.apart * shrink + apart.mul_(power).sum(1)
         if sweep.entropy:
             product = power.mul_(logits) if keep else logits.mul_(power)
             self.weighted = self.weighted * shrink + product.sum(1)
         self.largest = largest
 
+    def _take_theirs(self, logits: Tensor) -> None:
+        largest = torch.maximum(self.their_largest, logits.amax(1))
+        shrink = (self.their_largest - largest).exp()
+        self.their_sum = self.their_sum * shrink + (logits - largest[:, None]).exp_().sum(1)
+        self.their_largest = largest
+
+    def compared(self) -> tuple[Tensor, Tensor]:
+        """E_p[z - y], and the KL. Maxima and sums are subtracted each on their own, because a small KL would
+        drown in the rounding of two large normalisers."""
+        apart = self.apart / self.sum
+        return apart, apart + (self.their_largest - self.largest) + (self.their_sum / self.sum).log()
+
 
 def _kept(sweep: Sweep, weight: Tensor, tokens: slice, kept: Iterator[Tensor]) -> Iterator[Piece]:
     for start in range(0, len(weight), sweep.tile):
         logits = next(kept)
-        yield Piece(tokens, slice(start, start + logits.shape[1]), logits)
+        theirs = None if sweep.reference is None else next(kept)
+        yield Piece(tokens, slice(start, start + logits.shape[1]), logits, theirs)
 
 
-def _slope(piece: Piece, sweep: Sweep, total: Tensor, grad: Tensor) -> Tensor:
-    """g_k (1[v = target_k] - p_kv) / temperature at one tile, in the dtype of the products. It takes the
-    place of the logits, so a graph can be gone back through once; autograd says so at a second time."""
-    slope = piece.logits.sub_(total[:, None]).exp_().mul_(-grad[:, None])
+def _slope(piece: Piece, sweep: Sweep, total: Tensor, grad: Tensor, *, apart: Tensor, pull: Tensor) -> Tensor:
+    """The gradient of one tile's logits (see above; g, h are `grad`, `pull` by the temperature) in the dtype
+    of the products. It takes the place of the logits, so a graph can be gone back through once; autograd
+    says so at a second time."""
+    factor = -grad[:, None]
+    if piece.theirs is not None:
+        factor = _farther(piece.logits, piece.theirs, apart).mul_(pull[:, None]).add_(factor)
+    slope = piece.logits.sub_(total[:, None]).exp_().mul_(factor)
     row, column = sweep.hits(piece)
     if len(sweep.banned):  # a banned target has no gradient of its own
         possible = ~torch.isin(column + piece.ids.start, sweep.banned)
         row, column = row[possible], column[possible]
     slope[row, column] += grad[row]
     return slope.to(sweep.dtype)
+
+
+def _farther(logits: Tensor, theirs: Tensor, apart: Tensor) -> Tensor:
+    """log p - log q - KL = a - E_p[a], in place of the reference's logits."""
+    return torch.sub(logits, theirs, out=theirs).sub_(apart[:, None])
 
 
 def _add_product(into: Tensor, left: Tensor, right: Tensor, fast: bool) -> None:

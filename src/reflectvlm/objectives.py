@@ -27,10 +27,13 @@ class KL:
 
     Which divergence is *minimised* is the estimator's choice: as a loss "k3" (GRPO's) has the
     gradient of KL(reference || policy), "k2" that of KL(policy || reference). See `ops.kl_k3`.
+    Both know only the sampled token. "full" is KL(policy || reference) itself, over the whole
+    vocabulary (`ops.token_kl`): no noise from which token was drawn, for a forward pass of the
+    reference in every pass of an update.
     """
 
     coefficient: float = 0.01
-    estimator: Literal["k2", "k3"] = "k3"
+    estimator: Literal["k2", "k3", "full"] = "k3"
 
     def __post_init__(self) -> None:
         if not (0 < self.coefficient < math.inf):
@@ -38,17 +41,18 @@ class KL:
                 f"KL.coefficient is {self.coefficient}. It must be above 0 and finite; "
                 "for no penalty use kl=None."
             )
-        if self.estimator not in ("k2", "k3"):
+        if self.estimator not in ("k2", "k3", "full"):
             raise ValueError(
-                f"KL.estimator is {self.estimator!r}. It must be 'k2' (gradient of the reverse KL) or 'k3' "
-                "(of the forward KL, as in GRPO); k1 as a loss has expected gradient 0."
+                f"KL.estimator is {self.estimator!r}. It must be 'k2' (gradient of the reverse KL), 'k3' "
+                "(of the forward KL, as in GRPO) or 'full' (the reverse KL over the whole vocabulary); "
+                "k1 as a loss has expected gradient 0."
             )
 
-    def __call__(
-        self, logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"]
-    ) -> Float[Tensor, "B T"]:
+    def __call__(self, inputs: LossInputs) -> Float[Tensor, "B T"]:
+        if self.estimator == "full":
+            return self.coefficient * _exact(inputs)
         estimate = ops.kl_k2 if self.estimator == "k2" else ops.kl_k3
-        return self.coefficient * estimate(logprobs, ref_logprobs)
+        return self.coefficient * estimate(inputs.logprobs, _reference(inputs))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,9 @@ class ClippedSurrogate:
     `ratio="sequence"`: w_t = (product of the row's token ratios)^(1 / its length), the same for all
     of its tokens (GSPO, arXiv 2507.18071, eq. 7).
     `dual_clip=c`: where A < 0 the loss is at most -c A (dual-clip PPO, arXiv 1912.09729; "delta" in TRL).
+    `importance_cap=c`: where the engine that sampled has arithmetic of its own (`LossInputs.engine_logprobs`)
+    a token's clipped surrogate is multiplied by min(p_old / p_engine, c) (`ops.truncated_importance`); KL_t
+    is not. Without such an engine there is no weight, whatever c is.
     Ratios are exponentials of bounded log-ratios (`ops.LOG_RATIO_LIMIT`): never infinite, and without a
     gradient beyond the bound, where one token would outweigh all others.
 
@@ -76,6 +83,8 @@ class ClippedSurrogate:
     constant: int | None = None
     """Only for `reduce="constant"`: the most tokens an answer can have."""
     kl: KL | None = None
+    importance_cap: float | None = 2.0
+    """None leaves the mismatch of engine and trainer uncorrected; it is measured all the same."""
 
     def __post_init__(self) -> None:
         if not (0 < self.clip_low <= 1):
@@ -93,6 +102,12 @@ class ClippedSurrogate:
                 f"ClippedSurrogate.dual_clip is {self.dual_clip}. It bounds ratios that the ordinary clip "
                 f"lets pass, so it must be above 1 + clip_high = {1 + self.clip_high} and finite, e.g. 3.0, "
                 "or None."
+            )
+        if self.importance_cap is not None and not (1 <= self.importance_cap < math.inf):
+            raise ValueError(
+                f"ClippedSurrogate.importance_cap is {self.importance_cap}. It bounds the ratio of the "
+                "trainer's probability to the engine's, which is 1 where they agree: give a finite value of "
+                "at least 1, e.g. 2.0, or None for no correction."
             )
         self._check_choices()
 
@@ -123,15 +138,25 @@ class ClippedSurrogate:
         used = self._used_ratios(inputs, ratios)
         advantages = inputs.advantages[:, None].to(used.dtype)
         token_loss = self._surrogate(used, advantages)
-        if self.kl is not None:
-            token_loss = token_loss + self.kl(inputs.logprobs, _reference(inputs))
         metrics = _token_metrics(inputs) | {
             "clip_fraction": _report(self._is_clipped(used, advantages), inputs),
             "ratio": _report(ratios, inputs),
         }
-        gaps = (ratios.detach() - 1).abs()  # 0 where not trained: both log-probs are 0 there
-        peak = gaps.amax() if gaps.numel() else gaps.sum()
-        return LossOutputs(loss=self._reduced(token_loss, inputs), metrics=metrics, peaks={"ratio_gap": peak})
+        # Where a token is not trained both log-probs are 0, and the ratio 1.
+        peaks = {"ratio_gap": _largest((ratios.detach() - 1).abs())}
+        if inputs.engine_logprobs is not None:
+            cap = math.inf if self.importance_cap is None else self.importance_cap
+            mismatch, weight = ops.truncated_importance(inputs.old_logprobs, inputs.engine_logprobs, cap)
+            if self.importance_cap is not None:
+                token_loss = token_loss * weight
+            metrics |= {
+                "mismatch": _report(mismatch, inputs),
+                "mismatch_cut": _report(mismatch > cap, inputs),
+            }
+            peaks["mismatch_max"] = _largest(mismatch.masked_fill(~inputs.mask, 0.0))
+        if self.kl is not None:
+            token_loss = token_loss + self.kl(inputs.logprobs, _reference(inputs))
+        return LossOutputs(loss=self._reduced(token_loss, inputs), metrics=metrics, peaks=peaks)
 
     def _used_ratios(self, inputs: LossInputs, ratios: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         if self.ratio == "token":
@@ -198,15 +223,22 @@ def gspo(*, clip_low: float = 3e-4, clip_high: float = 4e-4, kl: KL | None = Non
     return ClippedSurrogate(clip_low=clip_low, clip_high=clip_high, ratio="sequence", kl=kl)
 
 
+def wants_full_kl(objective: object) -> bool:
+    """True if the objective needs `LossInputs.kl`, and no log-probs of the reference."""
+    return getattr(getattr(objective, "kl", None), "estimator", None) == "full"
+
+
 def _only_trained(inputs: LossInputs) -> LossInputs:
     """The inputs with 0 at tokens that are not trained: garbage there must not meet an exponential,
     whose gradient would be 0 * inf."""
-    ref = inputs.ref_logprobs
+    ref, exact, engine = inputs.ref_logprobs, inputs.kl, inputs.engine_logprobs
     return dataclasses.replace(
         inputs,
         logprobs=inputs.logprobs.masked_fill(~inputs.mask, 0.0),
         old_logprobs=inputs.old_logprobs.masked_fill(~inputs.mask, 0.0),
         ref_logprobs=None if ref is None else ref.masked_fill(~inputs.mask, 0.0),
+        kl=None if exact is None else exact.masked_fill(~inputs.mask, 0.0),
+        engine_logprobs=None if engine is None else engine.masked_fill(~inputs.mask, 0.0),
     )
 
 
@@ -219,13 +251,29 @@ def _reference(inputs: LossInputs) -> Float[Tensor, "B T"]:
     return inputs.ref_logprobs
 
 
+def _exact(inputs: LossInputs) -> Float[Tensor, "B T"]:
+    if inputs.kl is None:
+        raise ValueError(
+            "kl is None, but the objective's penalty is KL(estimator='full'). It needs the exact KL, which "
+            "`Policy.score` gives with a reference's states: give the updater a reference, or take "
+            "estimator='k3'."
+        )
+    return inputs.kl
+
+
 def _token_metrics(inputs: LossInputs) -> dict[str, Tensor]:
-    """Means over all trained tokens of the update. `kl` is always the k3 *value*, an unbiased
-    estimate of KL(policy || reference), whatever the loss penalises."""
+    """Means over all trained tokens of the update. `kl` is KL(policy || reference) whatever the loss
+    penalises: the exact one where it is known, else the k3 *value*, which is an unbiased estimate."""
     metrics = {"entropy": _report(inputs.entropy, inputs)}
-    if inputs.ref_logprobs is not None:
+    if inputs.kl is not None:
+        metrics["kl"] = _report(inputs.kl, inputs)
+    elif inputs.ref_logprobs is not None:
         metrics["kl"] = _report(ops.kl_k3(inputs.logprobs, inputs.ref_logprobs), inputs)
     return metrics
+
+
+def _largest(values: Tensor) -> Float[Tensor, ""]:
+    return values.amax() if values.numel() else values.sum()
 
 
 def _report(values: Tensor, inputs: LossInputs) -> Float[Tensor, ""]:

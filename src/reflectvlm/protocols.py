@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from reflectvlm.batch import Batch, LossInputs, LossOutputs, TokenScores
+from reflectvlm.batch import Batch, LossInputs, LossOutputs, ReferenceStates, TokenScores
 from reflectvlm.rewards.verdict import Verdict
 from reflectvlm.types import (
     AttentionProbe,
@@ -131,10 +131,14 @@ class RolloutEngine(Protocol):
     """Prompts -> a group of `n` rollouts each, in the order of the prompts.
 
     `seed` decides every random choice together with the prompt's place and the rollout's number,
-    so the same call gives the same rollouts whatever else the machine did in between.
+    so the same call gives the same rollouts whatever else the machine did in between. `places` are given
+    where several processes share a step: the places of these prompts among those of all.
 
     Two optional methods, see `rollout.engine`: `groups`, the same as an iterator of (place, group) in the
     order in which they are complete, so that rewards may begin; and `go_on`, for partial rollouts.
+    An engine that holds a copy of the weights may have `sync(version)`: which optimiser step's weights the
+    next rollouts are to be sampled from. One that computes log-probs in its own way says so by
+    `foreign_logprobs = True`; the trainer then corrects for it (`ClippedSurrogate.importance_cap`).
     """
 
     def generate(
@@ -145,6 +149,7 @@ class RolloutEngine(Protocol):
         reattention: Reattention,
         *,
         seed: int,
+        places: Sequence[int] | None = None,
     ) -> list[tuple[Rollout, ...]]: ...
 
 
@@ -191,12 +196,21 @@ class Policy(Protocol):
         """Rows of prompt + answer spans -> one batch on the policy's device."""
         ...
 
-    def features(self, images: Sequence[Patches]) -> Float[Tensor, "V D"]:
+    def features(self, images: Sequence[Patches]) -> Float[Tensor, "V F"]:
         """Visual features of these images, one after another."""
         ...
 
-    def score(self, batch: Batch, features: Float[Tensor, "V D"], temperature: float = 1.0) -> TokenScores:
-        """Log-prob and entropy of every trained token."""
+    def score(
+        self,
+        batch: Batch,
+        features: Float[Tensor, "V F"],
+        temperature: float = 1.0,
+        *,
+        entropy: bool = True,
+        reference: ReferenceStates | None = None,
+    ) -> TokenScores:
+        """Log-prob and entropy of every trained token; with the states of a reference at the same tokens the
+        exact KL to it. `entropy=False` leaves the entropy out."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -209,6 +223,19 @@ class Policy(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text with every tag, special ones too: rewards must see special tags too."""
+        ...
+
+
+@runtime_checkable
+class Reference(Protocol):
+    """Whom an exact KL compares the policy with: a frozen copy of it, or whatever else has its vocabulary."""
+
+    def features(self, images: Sequence[Patches]) -> Float[Tensor, "V D"]:
+        """Visual features of these images, one after another, of its own tower."""
+        ...
+
+    def states(self, batch: Batch, features: Float[Tensor, "V F"]) -> ReferenceStates:
+        """Hidden states at the trained tokens, and the head; without a gradient."""
         ...
 
 

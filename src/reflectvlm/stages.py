@@ -24,7 +24,16 @@ from typing import Any
 from reflectvlm.recipe_check import RecipeError, leaves
 
 VARIABLE = "REFLECTVLM_CACHE"
-_CHANGES_NO_RESULT = ("output", "evaluation", "test", "name", "workers", "prefetch", "overlap_rewards")
+_CHANGES_NO_RESULT = (
+    "output",
+    "evaluation",
+    "test",
+    "name",
+    "workers",
+    "prefetch",
+    "overlap_rewards",
+    "compute",
+)
 _MADE_BEFORE = ("start_from", "data_from", "stages")
 ROWS = "rows.jsonl"
 _LARGE = 2**26

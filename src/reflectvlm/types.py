@@ -157,8 +157,9 @@ class Instruction:
     text: str = ""
     place: Literal["user", "system"] = "user"
     """After the question, or instead of the default system turn."""
-    system: str = "You are a helpful assistant."
-    """The system turn when `place` is "user"."""
+    system: str | None = "You are a helpful assistant."
+    """The system turn when `place` is "user". None: what the model's own template writes, a default turn
+    (Qwen2-VL, Qwen2.5-VL) or none (Qwen3-VL)."""
 
     def __post_init__(self) -> None:
         if self.place not in ("user", "system"):

@@ -3,7 +3,8 @@
 Every failure is a `BadImage`: one line that names the value, the rule and the remedy. Bytes, base64
 text and the query part of an address (which may hold a key) never get into that line.
 
-Left out: object stores (`s3://`), archives, `file://`.
+A `file://` address is the path behind it, as qwen-vl-utils reads one, and may leave `root` as little as
+any other path. Left out: object stores (`s3://`), archives.
 """
 
 from __future__ import annotations
@@ -42,9 +43,13 @@ class ImageLimits:
     """False: a web address in a row is an error, and no connection is ever opened."""
     timeout: float = 20.0
     """Seconds to wait for a web server, and for its whole answer."""
+    max_frames: int = 64
+    """Frames that one video may become; each of them costs what an image costs."""
+    max_video_bytes: int = 256 * 2**20
+    """Size of a video's file, or of its download."""
 
     def __post_init__(self) -> None:
-        for name in ("max_pixels", "max_aspect", "max_bytes"):
+        for name in ("max_pixels", "max_aspect", "max_bytes", "max_frames", "max_video_bytes"):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"ImageLimits.{name} is {getattr(self, name)}. It must be at least 1.")
         if not self.timeout > 0:
@@ -101,6 +106,8 @@ def fetch(value: RowImage, root: Path, limits: ImageLimits) -> bytes:
         return _from_data_url(value, limits)
     if isinstance(value, str) and value[:8].lower().startswith(("http://", "https://")):
         return _from_web(value, limits)
+    if isinstance(value, str) and value[:7].lower() == "file://":
+        return _from_path(value[7:], root, limits)
     if isinstance(value, str) and "://" in value[:16]:
         scheme = value.partition("://")[0]
         remedy = "Download the images and name them by paths."

@@ -1,8 +1,8 @@
 """One row of a user's data -> one checked `Sample`, or a `BadRow` that says what is wrong where.
 
 Text is never altered: a question that contains `<|im_end|>` or `</think>` keeps it, and the policy
-encodes it as plain text. Left out: chat-format rows (a list of messages); duplicates of an id and
-over-long prompts, which only the whole data set and the tokenizer can see.
+encodes it as plain text. Rows of messages become plain rows first (`messages.py`). Left out: duplicates
+of an id and over-long prompts, which only the whole data set and the tokenizer can see.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from reflectvlm.data.frames import FrameReader
 from reflectvlm.data.images import BadImage, ImageLimits, RowImage, load_image
 from reflectvlm.types import Sample
 
@@ -43,10 +44,19 @@ class Columns:
     rows have no images, which must be said so that a misspelt name cannot train a blind model."""
     id: str = "id"
     """May be absent: an id is then the row's place, `rows.jsonl:17`."""
+    messages: str | None = None
+    """The column with a list of Qwen-style messages, from which question, images and answer come then
+    (`messages.py`). `images` and `answer` are read beside it where a row has them; `question` is not."""
+    turn: str = "trace"
+    """With `messages`: the column of `Sample.columns` that gets the assistant's turn. SFT trains on it."""
+    system: str | None = "You are a helpful assistant."
+    """With `messages`: the system turn that a row may spell out, because the run has the same. None: what
+    a row has there is left out, and the run's own stands."""
 
     def __post_init__(self) -> None:
         answer = () if self.answer is None else (self.answer,)
-        names = (self.question, *answer, self.id, *self.image_names)
+        messages = () if self.messages is None else (self.messages, self.turn)
+        names = (self.question, *answer, self.id, *messages, *self.image_names)
         if len(set(names)) != len(names):
             raise ValueError(f"Columns names one column twice: {names}. Each part needs its own.")
 
@@ -83,12 +93,24 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in " ".join(text.splitlines()))
 
 
-def read_row(row: Row, position: str, columns: Columns, limits: ImageLimits, root: Path) -> Sample:
-    """Check one row and decode its images. `position` is its place, e.g. `"rows.jsonl:17"`.
+def read_row(
+    row: Row,
+    position: str,
+    columns: Columns,
+    limits: ImageLimits,
+    root: Path,
+    frames: FrameReader | None = None,
+) -> Sample:
+    """Check one row and decode its images. `position` is its place, e.g. `"rows.jsonl:17"`. `frames` takes
+    the frames out of a video; None is qwen-vl-utils.
 
     Example: `{"question": "Area?", "answer": 12, "images": ["a.png"], "level": 3}` becomes
     `Sample(id="rows.jsonl:17", question="Area?", answer="12", images=(…,), columns={"level": 3})`.
     """
+    if columns.messages is not None:
+        from reflectvlm.data.messages import plain_row  # it needs this file
+
+        row, columns = plain_row(row, position, columns, limits, root, frames)
     question = _question(row, position, columns.question)
     answer = "" if columns.answer is None else _answer(row, position, columns.answer)
     name = _id(row, position, columns.id)

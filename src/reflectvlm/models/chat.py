@@ -71,10 +71,8 @@ def _messages(sample: Sample, instruction: Instruction, stand_in: Any) -> list[d
         system = instruction.text
     elif instruction.text:
         content.append({"type": "text", "text": stand_in("\n" + instruction.text)})
-    return [
-        {"role": "system", "content": stand_in(system)},
-        {"role": "user", "content": content},
-    ]
+    turn = {"role": "user", "content": content}
+    return [turn] if system is None else [{"role": "system", "content": stand_in(system)}, turn]
 
 
 def _with_images(ids: list[int], vision: VisionIds, sample: Sample) -> Spans:

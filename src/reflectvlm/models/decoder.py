@@ -3,12 +3,14 @@
 The stock forward of one token is mostly Python: masks, cache objects, keyword arguments, three products
 where one would do. Here is the same arithmetic on the same weights, written out for the decode step:
 
-    n = norm(x);  q, k, v = n W_qkv;  x += attention(rotated q, cache + rotated k, cache + v) W_o
+    n = norm(x);  q, k, v = n W_qkv;  q, k = norm(q), norm(k) in Qwen3-VL
+    x += attention(rotated q, cache + rotated k, cache + v) W_o
     n = norm(x);  x += (silu(n W_gate) * n W_up) W_down
 
-It serves Qwen2-VL and Qwen2.5-VL, whose text layers are alike. A new token's position is the same on
-all three axes, so M-RoPE is plain RoPE here. The stock forward stays the reference
-(`InProcessEngine(lean=False)`), and everything longer than one token goes through it.
+It serves Qwen2-VL, Qwen2.5-VL and Qwen3-VL. A new token is text: its position is the same on all three
+axes, so M-RoPE, in sections or interleaved, is plain RoPE here, and no layer adds visual features
+(DeepStack). The stock forward stays the reference (`InProcessEngine(decode="stock")`), and everything longer
+than one token goes through it.
 
 Left out: sliding-window attention, and hooks, which a step does not call. Products whose modules are not
 plain linear layers (LoRA) are called as modules; a graph goes on as it was recorded when an adapter is
@@ -47,6 +49,8 @@ class Layer:
 
     attend: Callable[[Tensor], Tensor]
     qkv: Product
+    even: Callable[[Tensor], Tensor]
+    """Norms of queries and keys [R, H + K, d], head by head; where there are none, what comes in."""
     out: Product
     reflect: Callable[[Tensor], Tensor]
     gate_up: Product
@@ -88,7 +92,7 @@ class Decoder:
             linear=fast_linear if policy.fast_products else F.linear,
         )
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        layers = tuple(_layer(layer, weights) for layer in model.layers)
+        layers = tuple(_layer(layer, weights, heads) for layer in model.layers)
         return cls(
             embedding=model.embed_tokens,
             rotary=model.rotary_emb,
@@ -96,7 +100,7 @@ class Decoder:
             norm=_norm(model.norm),
             heads=heads,
             kv_heads=kv_heads,
-            size=config.hidden_size // heads,
+            size=model.layers[0].self_attn.head_dim,
             dtype=dtype,
             copies=tuple(weights.copies),
         )
@@ -134,7 +138,7 @@ class Decoder:
         if watch is not None:
             watch.begin(len(self.layers))
         for number, layer in enumerate(self.layers):
-            query, key, value = self._heads(layer.qkv(layer.attend(x).to(self.dtype)), cos, sin)
+            query, key, value = self._heads(layer.qkv(layer.attend(x).to(self.dtype)), cos, sin, layer.even)
             keys, values = cache.append(key, value, number)
             if watch is not None and watch.counts(number):
                 seen = self._watched(query, keys, values, bias, watch)
@@ -151,10 +155,12 @@ class Decoder:
         half = self.size // 2
         return cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)
 
-    def _heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, even: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [R, H, d] and keys, and values, [R, K, d]."""
         parts = qkv.view(len(qkv), -1, self.size)
-        turning = parts[:, : self.heads + self.kv_heads]
+        turning = even(parts[:, : self.heads + self.kv_heads])
         turned = turning * cos + turning.roll(self.size // 2, -1) * sin
         query, key = turned.to(self.dtype).split([self.heads, self.kv_heads], 1)
         return query, key, parts[:, self.heads + self.kv_heads :]
@@ -280,16 +286,25 @@ class _Weights:
         return made
 
 
-def _layer(layer: Any, weights: _Weights) -> Layer:
+def _layer(layer: Any, weights: _Weights, heads: int) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     return Layer(
         attend=_norm(layer.input_layernorm),
         qkv=weights.product([attention.q_proj, attention.k_proj, attention.v_proj]),
+        even=_evened(attention, heads),
         out=weights.product([attention.o_proj]),
         reflect=_norm(layer.post_attention_layernorm),
         gate_up=weights.product([mlp.gate_proj, mlp.up_proj]),
         down=weights.product([mlp.down_proj]),
     )
+
+
+def _evened(attention: Any, heads: int) -> Callable[[Tensor], Tensor]:
+    """The norms of the first `heads` heads, which are queries, and of the others, which are keys."""
+    if not hasattr(attention, "q_norm"):
+        return lambda x: x
+    query, key = _norm(attention.q_norm), _norm(attention.k_norm)
+    return lambda x: torch.cat([query(x[:, :heads]), key(x[:, heads:])], 1)
 
 
 def _norm(module: Any) -> Callable[[Tensor], Tensor]:

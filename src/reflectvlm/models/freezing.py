@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from reflectvlm.models.families import PROJECTORS
 from reflectvlm.models.new_tags import matrices
 
 Part = Literal["vision", "projector", "language"]
@@ -27,9 +28,9 @@ _ROWS = "_reflectvlm_trained_rows"
 
 
 def part_of(name: str) -> Part:
-    """The part a parameter of Qwen2-VL or Qwen2.5-VL belongs to. The projector is the merger
-    between the vision tower and the language model; embedding and head are language."""
-    if "visual.merger" in name:
+    """The part a parameter belongs to. The projector is the merger between the vision tower and the
+    language model, in Qwen3-VL those of DeepStack too; embedding and head are language."""
+    if any(projector in name for projector in PROJECTORS):
         return "projector"
     return "vision" if "visual." in name else "language"
 

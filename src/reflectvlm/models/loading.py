@@ -14,15 +14,16 @@ from typing import Any, Literal
 
 import torch
 
+from reflectvlm.models.families import family_of
+from reflectvlm.models.attention_choice import Attention
 from reflectvlm.models.products import checkpoint_contexts
 from reflectvlm.models.trust import no_safetensors, refuse_code
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Attention = Literal["auto", "eager", "sdpa"]
 
 
 def image_processor_class() -> Any:
-    """Qwen2-VL's image processor on PIL, which needs no torchvision."""
+    """The image processor of all families (`families.py`) on PIL, which needs no torchvision."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     return Qwen2VLImageProcessorPil
@@ -62,13 +63,10 @@ def load_model(path: str, *, dtype: Dtype, attention: Attention, trust_remote_co
     from transformers import AutoModelForImageTextToText
 
     source, config = find_model(path), load_config(path, trust_remote_code=trust_remote_code)
-    families = ("qwen2_vl", "qwen2_5_vl")
-    if config.model_type not in families:
-        raise ValueError(
-            f"{path!r} is a {config.model_type!r} model. This policy knows the families {families}; "
-            "a new family needs a policy of its own, see docs/design.md, 'Policies'."
-        )
-    chosen = {} if attention == "auto" else {"attn_implementation": attention}
+    family_of(config.model_type, path)
+    # flash-attn is for the vision tower alone, and for the device that the model will be on.
+    named = {"eager": "eager", "sdpa": "sdpa", "flash_attention_2": "sdpa"}
+    chosen = {"attn_implementation": named[attention]} if attention in named else {}
     # Else transformers asks a service of the hub to convert, and loads what that proposes.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     try:

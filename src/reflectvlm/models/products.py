@@ -53,7 +53,7 @@ def fast_linear(
     if not _suits(input, weight) or torch.is_autocast_enabled("cpu"):
         return F.linear(input, weight, bias)
     if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
-        return cast(Tensor, _Linear.apply(input, weight, bias))
+        return cast(Tensor, _Linear.apply(bias, input, weight))
     return _onednn(input, weight, bias)
 
 
@@ -83,9 +83,12 @@ class _Mode(TorchFunctionMode):
 
 
 class _Linear(torch.autograd.Function):
+    """Its bias comes first, as in PyTorch's own: gradients are ready in that order, and ZeRO-2 puts them into
+    its messages as they come. A process whose rows are few takes PyTorch's, and must have the same order."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        to_x, to_weight, *_ = ctx.needs_input_grad
+    def forward(ctx: Any, bias: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
+        _, to_x, to_weight = ctx.needs_input_grad
         # A frozen weight needs no inputs on the way back, and they are what takes memory.
         ctx.save_for_backward(x if to_weight else None, weight if to_x else None)
         ctx.shape, ctx.width = x.shape, len(weight)
@@ -97,16 +100,16 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad = grads[0].reshape(-1, ctx.width)
         to_x = to_weight = to_bias = None
-        if ctx.needs_input_grad[0]:
-            to_x = _onednn(grad, weight.T).view(ctx.shape)
         if ctx.needs_input_grad[1]:
+            to_x = _onednn(grad, weight.T).view(ctx.shape)
+        if ctx.needs_input_grad[2]:
             inputs = x.reshape(-1, x.shape[-1])
             # The kernel is faster when the smaller side is the left one.
             wide = ctx.width > inputs.shape[1]
             to_weight = _onednn(inputs.T, grad.T).T if wide else _onednn(grad.T, inputs.T)
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[0]:
             to_bias = grad.sum(0)
-        return to_x, to_weight, to_bias
+        return to_bias, to_x, to_weight
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

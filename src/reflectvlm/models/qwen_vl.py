@@ -1,4 +1,4 @@
-"""The policy for Qwen2-VL and Qwen2.5-VL, on the stock classes of transformers.
+"""The policy for Qwen2-VL, Qwen2.5-VL and Qwen3-VL, on the stock classes of transformers.
 
 No part of the model is patched: features are scattered into the input embeddings, positions are
 always explicit (so no `rope_deltas` of an earlier call can leak in), and log-probs are taken from
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,14 +19,22 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reflectvlm import ops
-from reflectvlm.batch import Batch, TokenScores
-from reflectvlm.head import fused_token_scores, next_token_logits
+from reflectvlm.batch import Batch, ReferenceStates, TokenScores
+from reflectvlm.head import fused_scores_and_kl, fused_token_scores, next_token_logits
 from reflectvlm.models.attention import AttentionWatch, watching
+from reflectvlm.models.attention_choice import (
+    Attention,
+    check_attention,
+    flash_attn_missing,
+    prefix_attention_for,
+    settle_vision,
+)
+from reflectvlm.models.called_as import called_as
 from reflectvlm.models.chat import chat_spans
+from reflectvlm.models.families import Embedded, Family, family_of, with_features
 from reflectvlm.models.feature_cache import FeatureCache, check_frozen, vision_of
 from reflectvlm.models.freezing import Embeddings, Part, check_embeddings, freeze, train_only_rows
 from reflectvlm.models.loading import (
-    Attention,
     Dtype,
     enable_checkpointing,
     load_image_processor,
@@ -73,12 +81,15 @@ def load_policy(
     are. `new_tags` become special tokens in spare embedding rows (`new_tags.py`); those the folder has
     already stay what they are. `embeddings="new_tags"` trains of embedding and head only the rows of
     `new_tags`, also where language is frozen. Pixel limits are those of the image after resizing; None
-    keeps the model's own. `prefix_attention` is how answers that share a prompt attend (`tree_choice.py`):
-    auto, dense, split, varlen or flex. `chunk` is how many tokens' logits exist at once. `feature_cache`
+    keeps the model's own. `attention` is auto, sdpa, eager or flash_attention_2 (`attention_choice.py`),
+    `prefix_attention` how answers that share a prompt attend (`tree_choice.py`): auto, dense, split, varlen
+    or flex. `chunk` is how many tokens' logits exist at once. `feature_cache`
     keeps the features of every image for the whole run, for which vision and projector must be frozen.
     """
     check_embeddings(embeddings, new_tags)
     check_prefix_attention(prefix_attention, attention)
+    products = getattr(torch, compute or dtype)
+    check_attention(attention, products, torch.cuda.is_available(), flash_attn_missing)
     model = load_model(path, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     tags = add_tags(model, tokenizer, new_tags)
@@ -93,7 +104,8 @@ def load_policy(
         image_processor=load_image_processor(path, min_pixels, max_pixels),
         source=path,
         compute=compute,
-        prefix_attention=prefix_attention,
+        attention=attention,
+        prefix_attention=prefix_attention_for(attention, prefix_attention),
         chunk=chunk,
         feature_cache=feature_cache,
     )
@@ -111,6 +123,8 @@ class QwenVL:
     """Which side short rows are padded on. No result depends on it; tests try both."""
     compute: Dtype | None = None
     """Dtype of matrix products; None is that of the weights."""
+    attention: Attention = "auto"
+    """What the vision tower attends with, settled for the device it is on (`attention_choice.py`)."""
     share_prefix: bool = True
     """Rows of one prompt run it once (`prefix.py`). False is the plain way; results are the same."""
     prefix_attention: PrefixAttention = "auto"
@@ -143,6 +157,10 @@ class QwenVL:
         return self.model.lm_head.weight.device
 
     @functools.cached_property
+    def family(self) -> Family:
+        return family_of(self.model.config.model_type)
+
+    @functools.cached_property
     def vision(self) -> VisionIds:
         config = self.model.config
         return VisionIds(config.vision_start_token_id, config.image_token_id, config.vision_end_token_id)
@@ -160,7 +178,7 @@ class QwenVL:
     def reserved_ids(self) -> tuple[int, ...]:
         """Ids that stand for pixels, and embedding rows that no token owns."""
         vision = self.tokenizer.convert_tokens_to_ids(list(_VISION_TOKENS))
-        spare = range(len(self.tokenizer), self.model.lm_head.weight.shape[0])
+        spare = range(len(self.tokenizer), self.model.lm_head.out_features)
         return tuple(sorted({*vision, *spare}))
 
     @property
@@ -206,17 +224,18 @@ class QwenVL:
     def batch(self, sequences: Sequence[tuple[Prompt, Spans]]) -> Batch:
         return collate(sequences, self.vision, self.pad_id, side=self.padding_side).to(self.device)
 
-    def features(self, images: Sequence[Patches]) -> Float[Tensor, "V D"]:
+    def features(self, images: Sequence[Patches]) -> Float[Tensor, "V F"]:
+        """One row for each visual token, with all that the language model takes of it (`families.py`)."""
         if not images:
-            return torch.zeros(
-                0, self.model.lm_head.weight.shape[1], device=self.device, dtype=self.model.dtype
-            )
+            width = self.family.width(self.model.config)
+            return torch.zeros(0, width, device=self.device, dtype=self.model.dtype)
+        settle_vision(self.model, self.attention, self.device, self._products)
         if self.feature_cache is None:
             return self._encoded(images).to(self.model.dtype)
         kept = self.feature_cache(images, self.model, self.compute, self._encoded)
         return torch.cat([one.to(self.device) for one in kept]).to(self.model.dtype)
 
-    def _encoded(self, images: Sequence[Patches]) -> Float[Tensor, "V D"]:
+    def _encoded(self, images: Sequence[Patches]) -> Float[Tensor, "V F"]:
         """One pass of vision tower and projector; features in the dtype they come in."""
         merge = self.image_processor.merge_size
         grids = [(i.grid.frames, i.grid.rows * merge, i.grid.columns * merge) for i in images]
@@ -225,22 +244,19 @@ class QwenVL:
             made = self.model.model.get_image_features(
                 pixels, torch.tensor(grids, device=self.device), return_dict=True
             )
-        return torch.cat(list(made.pooler_output))
+        return self.family.rows(made)
 
     def embed(
-        self, ids: Int[Tensor, "B T"], visual: Int[Tensor, "B T"], features: Float[Tensor, "V D"]
-    ) -> Float[Tensor, "B T D"]:
+        self, ids: Int[Tensor, "B T"], visual: Int[Tensor, "B T"], features: Float[Tensor, "V F"]
+    ) -> Embedded:
         """Input embeddings with features where `visual` names a feature row."""
-        embedded = self.model.get_input_embeddings()(ids)
-        if len(features) == 0:
-            return embedded
-        places = (visual.flatten() >= 0).nonzero().flatten()
-        shown = features[visual.flatten()[places]]
-        return embedded.flatten(0, 1).index_copy(0, places, shown).view_as(embedded)
+        width = self.family.width(self.model.config)
+        assert features.shape[1] == width, f"feature rows of {features.shape[1]} numbers, not {width}"
+        return with_features(self.model.get_input_embeddings()(ids), visual, features)
 
     def hidden(
         self,
-        embedded: Float[Tensor, "B T D"],
+        embedded: Embedded,
         positions: Int[Tensor, "3 B T"],
         mask: Tensor | None,
         cache: Any = None,
@@ -253,11 +269,12 @@ class QwenVL:
         language_model = self.model.model.language_model
         with self._arithmetic(), watching(language_model, watch) as watched:
             out = language_model(
-                inputs_embeds=embedded,
+                inputs_embeds=embedded.tokens,
                 position_ids=positions,
                 attention_mask=self._attention_mask(mask),
                 past_key_values=cache,
                 use_cache=cache is not None,
+                **embedded.deepstack,
                 **watched,
                 **prefix_tree(language_model, tree),
             )
@@ -271,26 +288,51 @@ class QwenVL:
         fill = logits.index_fill if logits.requires_grad else logits.index_fill_
         return fill(-1, self.banned, float("-inf"))
 
-    def score(self, batch: Batch, features: Float[Tensor, "V D"], temperature: float = 1.0) -> TokenScores:
-        hidden, where = self._hidden_states(batch, features)
+    def score(
+        self,
+        batch: Batch,
+        features: Float[Tensor, "V F"],
+        temperature: float = 1.0,
+        *,
+        entropy: bool = True,
+        reference: ReferenceStates | None = None,
+    ) -> TokenScores:
         row, column = batch.trained.nonzero(as_tuple=True)
+        hidden = self._predicting(batch, features, row, column)
         with self._autocast():
-            logprobs, entropy = self._token_scores(
-                hidden.flatten(0, 1)[where[row, batch.predictor[row, column]]],
-                self.model.lm_head.weight,
+            logprobs, spread, kl = called_as(
+                self.model.lm_head,
+                self._token_scores,
+                hidden,
                 batch.ids[row, column],
+                reference,
                 banned=self.banned,
                 temperature=temperature,
                 chunk=self.chunk,
+                entropy=entropy,
             )
         empty = torch.zeros(batch.ids.shape, device=logprobs.device, dtype=logprobs.dtype)
         return TokenScores(
             logprobs=empty.index_put((row, column), logprobs),
-            entropy=empty.index_put((row, column), entropy),
+            entropy=empty.index_put((row, column), spread),
+            kl=None if kl is None else empty.index_put((row, column), kl),
         )
 
+    def states(self, batch: Batch, features: Float[Tensor, "V F"]) -> ReferenceStates:
+        """Satisfies `protocols.Reference`."""
+        with torch.no_grad():
+            hidden = self._predicting(batch, features, *batch.trained.nonzero(as_tuple=True))
+            return ReferenceStates(hidden=hidden, weight=self.model.lm_head.weight.detach())
+
+    def _predicting(
+        self, batch: Batch, features: Float[Tensor, "V F"], row: Int[Tensor, " K"], column: Int[Tensor, " K"]
+    ) -> Float[Tensor, "K D"]:
+        """Hidden states from which these tokens are predicted."""
+        hidden, where = self._hidden_states(batch, features)
+        return hidden.flatten(0, 1)[where[row, batch.predictor[row, column]]]
+
     def _hidden_states(
-        self, batch: Batch, features: Float[Tensor, "V D"]
+        self, batch: Batch, features: Float[Tensor, "V F"]
     ) -> tuple[Float[Tensor, "N S D"], Int[Tensor, "B T"]]:
         """Hidden states, and for each token of the batch its place in them, as n * S + s."""
         if self.share_prefix and (line := line_up(batch)) is not None:
@@ -302,17 +344,36 @@ class QwenVL:
         hidden = self.hidden(self.embed(batch.ids, batch.visual, features), batch.positions, mask)
         return hidden, torch.arange(batch.ids.numel(), device=self.device).view(batch.ids.shape)
 
+    @property
+    def _products(self) -> torch.dtype:
+        """Dtype of the model's matrix products."""
+        return self.model.dtype if self.compute is None else getattr(torch, self.compute)
+
     def _prefix_kind(self, line: Line) -> Kind:
-        dtype = self.model.dtype if self.compute is None else getattr(torch, self.compute)
         attention = self.model.config._attn_implementation
-        heads = heads_of(self.model.model.language_model, dtype)
+        heads = heads_of(self.model.model.language_model, self._products)
         return choose(self.prefix_attention, attention, heads, line)
 
-    @property
-    def _token_scores(self) -> Callable[..., tuple[Tensor, Tensor]]:
+    def _token_scores(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        reference: ReferenceStates | None,
+        *,
+        entropy: bool,
+        **settings: Any,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-probs, entropies, and the KL to a reference if there is one."""
+        ours = hidden, weight
+        theirs = None if reference is None else (reference.hidden, reference.weight)
         if not self.fused_head:
-            return ops.token_scores
-        return functools.partial(fused_token_scores, fast_products=self.fast_products)
+            kl = None if theirs is None else ops.token_kl(*ours, *theirs, **settings)
+            return *ops.token_scores(*ours, targets, entropy=entropy, **settings), kl
+        settings |= {"entropy": entropy, "fast_products": self.fast_products}
+        if theirs is None:
+            return *fused_token_scores(*ours, targets, **settings), None
+        return fused_scores_and_kl(*ours, targets, *theirs, **settings)
 
     def _arithmetic(self) -> contextlib.AbstractContextManager[Any]:
         """How the model's matrix products are computed."""

@@ -241,7 +241,7 @@ class Decoding:
             self.cache.copy_rows(first.repeat_interleave(sizes - 1), slots[sibling])
         return taken
 
-    def _image_features(self, prompts: Sequence[Prompt]) -> dict[int, Float[Tensor, "V D"]]:
+    def _image_features(self, prompts: Sequence[Prompt]) -> dict[int, Float[Tensor, "V F"]]:
         images = {id(patches): patches for prompt in prompts for patches in prompt.patches}
         features = self.policy.features(list(images.values()))
         parts = features.split([patches.grid.tokens for patches in images.values()]) if images else ()

@@ -15,7 +15,6 @@ from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.protocols import LongTail, Reattention
 from reflectvlm.rollout.continuing import BegunGroup
 from reflectvlm.rollout.decoding import Decoding
-from reflectvlm.rollout.placing import special_id
 from reflectvlm.rollout.stepping import Kind, Steps
 from reflectvlm.rollout.telling import Telling
 from reflectvlm.rollout.triggers import Triggers
@@ -59,8 +58,9 @@ class InProcessEngine:
         reattention: Reattention,
         *,
         seed: int,
+        places: Sequence[int] | None = None,
     ) -> list[tuple[Rollout, ...]]:
-        found = dict(self.groups(prompts, n, sampling, reattention, seed=seed))
+        found = dict(self.groups(prompts, n, sampling, reattention, seed=seed, places=places))
         return [found[place] for place in range(len(prompts))]
 
     def groups(
@@ -71,11 +71,16 @@ class InProcessEngine:
         reattention: Reattention,
         *,
         seed: int,
+        places: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, tuple[Rollout, ...]]]:
-        """The same groups, each with its prompt's place, in the order in which they are complete."""
+        """The same groups, each with its prompt's number among `prompts`, in the order in which they are
+        complete. `places` are the prompts' places in the whole step, where other processes have the rest."""
         if n < 1:
             raise ValueError(f"generate was asked for n={n} rollouts per prompt. Ask for at least 1.")
-        fresh = [BegunGroup.fresh(prompt, n, seed, place) for place, prompt in enumerate(prompts)]
+        drawn = range(len(prompts)) if places is None else places
+        fresh = [
+            BegunGroup.fresh(prompt, n, seed, place) for prompt, place in zip(prompts, drawn, strict=True)
+        ]
         for place, group in self.go_on(fresh, sampling, reattention):
             yield place, group.finished(self.policy)
 
@@ -126,7 +131,7 @@ class InProcessEngine:
             policy=self.policy,
             groups=groups,
             sampling=sampling,
-            triggers=self._triggers(reattention),
+            triggers=Triggers.create(self.policy, reattention, self._watch),
             stop_watch=self._watch(tuple(sampling.stop)),
             long_tail=self.long_tail,
             tokens=tokens,
@@ -139,19 +144,6 @@ class InProcessEngine:
         prompt = group.prompt
         blocks = sum(grid.tokens for grid in prompt.grids) if reattention.trigger is not None else 0
         return count_tokens(prompt.spans, prompt.grids) + sampling.max_tokens + blocks
-
-    def _triggers(self, reattention: Reattention) -> Triggers:
-        trigger = reattention.trigger
-        special = special_id(self.policy, trigger)
-        if special in (*self.policy.reserved_ids, *self.policy.end_ids):
-            raise ValueError(
-                f"The re-attention's trigger {trigger!r} stands for pixels or ends a turn, so nothing would "
-                "ever be inserted. Give a tag of its own, e.g. '<REFLECTION>' or '<back>'."
-            )
-        texts = () if trigger is None or special is not None else (trigger,)
-        return Triggers(
-            policy=self.policy, reattention=reattention, special=special, watch=self._watch(texts)
-        )
 
     def _watch(self, texts: tuple[str, ...]) -> TextWatch:
         if texts not in self._watches:

@@ -29,7 +29,7 @@ class Chunk:
 
     spans: Spans
     prompt: Prompt
-    features: tuple[Float[Tensor, "_ D"], ...]
+    features: tuple[Float[Tensor, "_ F"], ...]
     """Of each image of the prompt, with as many rows as it has visual tokens."""
     start: int = 0
     """Position of the chunk's first token."""
@@ -110,7 +110,7 @@ class Intake:
         ids: Int[Tensor, "R T"],
         positions: Int[Tensor, "3 R T"],
         visual: Int[Tensor, "R T"],
-        features: Float[Tensor, "V D"],
+        features: Float[Tensor, "V F"],
         mask: Bool[Tensor, "R 1 T S"],
         watch: AttentionWatch | None,
     ) -> Float[Tensor, "R T D"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.protocols import Reattention
 from reflectvlm.rollout.looking import image_look
-from reflectvlm.rollout.placing import AnswerState, Placed, checked, end, tag_length
+from reflectvlm.rollout.placing import AnswerState, Placed, checked, end, special_id, tag_length
 from reflectvlm.rollout.rows import Rows
 from reflectvlm.rollout.watch import TextWatch
 from reflectvlm.types import Prompt
@@ -29,6 +29,22 @@ class Triggers:
     watch: TextWatch
     """For a trigger in plain text."""
 
+    @classmethod
+    def create(
+        cls, policy: QwenVL, reattention: Reattention, watch: Callable[[tuple[str, ...]], TextWatch]
+    ) -> Triggers:
+        """`watch` makes, or keeps, a watch for some texts. Raises ValueError for a trigger that can never
+        be sampled, or ends the answer."""
+        trigger = reattention.trigger
+        special = special_id(policy, trigger)
+        if special in (*policy.reserved_ids, *policy.end_ids):
+            raise ValueError(
+                f"The re-attention's trigger {trigger!r} stands for pixels or ends a turn, so nothing would "
+                "ever be inserted. Give a tag of its own, e.g. '<REFLECTION>' or '<back>'."
+            )
+        texts = () if trigger is None or special is not None else (trigger,)
+        return cls(policy=policy, reattention=reattention, special=special, watch=watch(texts))
+
     @property
     def longest(self) -> int:
         """Most tokens of a tag in plain text: one per byte. 0 for a special token or no trigger."""
@@ -42,6 +58,12 @@ class Triggers:
         if self.special is not None:
             return list(torch.eq(ids, self.special).nonzero().flatten().tolist())
         return list(self.watch.completed(rows.ids, rows.count, ids).nonzero().flatten().tolist())
+
+    def completed(self, ids: Sequence[int]) -> bool:
+        """Whether the last of one row's sampled ids has just completed the trigger."""
+        if self.special is not None:
+            return ids[-1] == self.special
+        return self.watch.completes(ids)
 
     def ask(
         self,

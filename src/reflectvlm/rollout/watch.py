@@ -52,6 +52,12 @@ class TextWatch:
         found[rows] = torch.tensor(hits, dtype=torch.bool, device=last.device)
         return found
 
+    def completes(self, ids: Sequence[int]) -> bool:
+        """The same of one row's ids: whether the last has just completed one more of the texts."""
+        if not self.texts or not bool(self.candidates[ids[-1]]):
+            return False
+        return self._just_completed(ids[-self._window :])
+
     def _just_completed(self, tail: Sequence[int]) -> bool:
         now, before = self.decode(tail), self.decode(tail[:-1])
         return any(now.count(text) > before.count(text) for text in self.texts)

@@ -28,7 +28,7 @@ _MAY_CHANGE = re.compile(
     | rubric\.(weights\..+ | max_failures | max_failed_share)
     | on_nonfinite | max_nonfinite | evaluation(\..+)? | tag
     | workers | prefetch | overlap_rewards | partial\.(?!_target_).+ | engine\.long_tail(\..+)?
-    | policy\.(feature_cache(\..+)?|prefix_attention)""",
+    | compute(\..+)? | policy\.(feature_cache(\..+)?|prefix_attention)""",
     re.VERBOSE,
 )
 

@@ -22,6 +22,7 @@ PACKAGES = (
     "math-verify",
     "numpy",
     "pillow",
+    "qwen-vl-utils",
     "safetensors",
     "torchvision",
     "trl",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,8 +18,10 @@ from reflectvlm.data.rows import BadRow
 from reflectvlm.interrupt import safe_point
 from reflectvlm.protocols import Policy, Reattention, RolloutEngine
 from reflectvlm.rewards.rubric import Rubric
+from reflectvlm.train.ranks import Ranks
 from reflectvlm.train.reading import read_prompt, read_sample
 from reflectvlm.train.reflections import insertion_curves, tag_curves
+from reflectvlm.train.sharing import Placed, shared
 from reflectvlm.types import Instruction, Prompt, Sample, SamplingParams, ScoredGroup
 
 log = logging.getLogger("reflectvlm")
@@ -54,35 +56,50 @@ class Evaluation:
         rubric: Rubric,
         instruction: Instruction,
         reattention: Reattention,
+        ranks: Ranks | None = None,
     ) -> tuple[dict[str, float], list[ScoredGroup]]:
-        prompts = self._prompts(policy, instruction)
+        """`ranks`: the processes that share the rows; each answers its own, and all learn all answers."""
+        ranks = ranks or Ranks()
         sampling = SamplingParams(max_tokens=self.max_tokens, temperature=0.0)
         apart = replace(rubric)  # with a tally of its own: nothing of the run's budget of failures is spent
-        groups = apart.score(engine.generate(prompts, 1, sampling, reattention, seed=0))
+
+        def answered() -> list[Placed]:
+            prompts, unusable = self._prompts(policy, instruction, ranks.mine(len(self.data)))
+            if not prompts and ranks.world == 1:
+                raise ValueError(self._nothing(f" The last: {unusable}"))
+            groups = engine.generate(list(prompts.values()), 1, sampling, reattention, seed=0)
+            return list(map(Placed, prompts, apart.score(groups)))
+
+        groups, _ = shared(ranks, answered)
+        if not groups:
+            raise ValueError(self._nothing())
         values = summarize(groups, self.tag)
         if len(groups) < len(self.data):
             values["rows"] = float(len(groups))
         return values, groups
 
-    def _prompts(self, policy: Policy, instruction: Instruction) -> list[Prompt]:
-        """The rows that can be used, as prompts."""
-        prompts = []
+    def _nothing(self, last: str = "") -> str:
+        return (
+            f"None of the {len(self.data):,} rows of an evaluation can be used; the warnings say why.{last} "
+            "Repair its data, or leave the evaluation out."
+        )
+
+    def _prompts(
+        self, policy: Policy, instruction: Instruction, places: Iterable[int]
+    ) -> tuple[dict[int, Prompt], BadRow | None]:
+        """The rows that can be used, as prompts by their place, and the last that cannot."""
+        prompts = {}
         last: BadRow | None = None
-        for place in range(len(self.data)):
+        for place in places:
             safe_point()
             try:
-                prompts.append(read_prompt(policy, read_sample(self.data, place), instruction))
+                prompts[place] = read_prompt(policy, read_sample(self.data, place), instruction)
             except BadRow as error:
                 last = error
                 if place not in self._named:
                     self._named.add(place)
                     log.warning("row left out of the evaluation: %s", error)
-        if not prompts:
-            raise ValueError(
-                f"None of the {len(self.data):,} rows of an evaluation can be used; the warnings say why. "
-                f"The last: {last} Repair its data, or leave the evaluation out."
-            )
-        return prompts
+        return prompts, last
 
 
 def summarize(groups: Sequence[ScoredGroup], tag: str) -> dict[str, float]:

@@ -10,6 +10,9 @@ step is no error: its rows come again, each epoch in a new order.
 
 With `workers` rows are read ahead in other processes (`prefetch.py`); what needs the policy's weights or
 tells and counts stays here, so that nothing is other than without.
+
+Where several processes train, a row is read by the one whose turn its position is (position modulo their
+number), and all learn which rows could be used: together they take the rows that one alone would take.
 """
 
 from __future__ import annotations
@@ -19,13 +22,14 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from reflectvlm.data.rows import BadRow
 from reflectvlm.interrupt import safe_point
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.train.prefetch import Prefetch
-from reflectvlm.train.reading import Read, RowReader
+from reflectvlm.train.ranks import Ranks
+from reflectvlm.train.reading import InTurn, Read, RowReader
 from reflectvlm.train.row_rules import Counts, Item, LongRow, RowRules
 from reflectvlm.types import Instruction, Prompt, Sample, Spans
 
@@ -38,6 +42,18 @@ def without_answer(_policy: QwenVL, _sample: Sample) -> Spans:
 
 def as_they_are(items: Sequence[Item]) -> Sequence[Item | BadRow]:
     return items
+
+
+class Share(NamedTuple):
+    """What one process has of the rows of a step."""
+
+    items: list[Item]
+    positions: list[int]
+    """Of each item in the data."""
+    places: list[int]
+    """Of each item among those of all processes."""
+    ids: tuple[str, ...]
+    """Of the rows of all processes."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -66,24 +82,71 @@ class Feed:
     """Processes that read rows ahead; 0 reads them here, when they are taken."""
     prefetch: int = 16
     """With workers: how many positions they read ahead."""
+    ranks: Ranks = field(default_factory=Ranks)
+    """The processes that share the rows."""
     counts: Counts = field(default=Counts(), init=False)
     _named: set[str] = field(default_factory=set, init=False)
     """Rows that a warning was given for; one says enough."""
 
     def take(self, count: int, position: int) -> tuple[list[Item], int]:
         """The next `count` usable rows from `position` on, and the position behind the last of them."""
-        taken: list[Item] = []
+        taken, position = self._taken(count, position)
+        return [item for _, item in taken], position
+
+    def _taken(self, count: int, position: int) -> tuple[list[tuple[int, Item]], int]:
+        """The same, each row with its position."""
+        taken: list[tuple[int, Item]] = []
         in_vain = 0
         with self._whole():
             while len(taken) < count:
                 found, after = self._found(count - len(taken), position)
-                finished = self._finished(found)
+                finished = self._finished_at(found)
                 in_vain = 0 if finished else in_vain + after - position
                 self._check_any(in_vain)
                 taken += finished
                 position = after
             self._advance(position)
         return taken, position
+
+    def share(self, count: int, position: int) -> tuple[Share, int]:
+        """This process's part of the rows that `take` would give, and the position behind the last."""
+        if self.ranks.world == 1:
+            taken, position = self._taken(count, position)
+            ids = tuple(prompt.sample.id for _, (prompt, _) in taken)
+            return Share(
+                [item for _, item in taken], [at for at, _ in taken], list(range(len(taken))), ids
+            ), position
+        own: dict[int, Item] = {}
+        used: dict[int, str] = {}
+        in_vain = 0
+        with self._whole():
+            while len(used) < count:
+                window = range(position, position + count - len(used))
+                before, found = self.counts, len(used)
+                for ids, counts in self.ranks.together(lambda window=window: self._window(window, own)):
+                    used |= ids
+                    before = before.plus(counts)
+                self.counts = before
+                in_vain = 0 if len(used) > found else in_vain + len(window)
+                self._check_any(in_vain)
+                position = window.stop
+                self._advance(position)
+        order = sorted(used)
+        return Share(
+            [own[at] for at in order if at in own],
+            [at for at in order if at in own],
+            [place for place, at in enumerate(order) if at in own],
+            tuple(used[at] for at in order),
+        ), position
+
+    def _window(self, window: range, own: dict[int, Item]) -> tuple[dict[int, str], Counts]:
+        """Reads this process's rows of a window into `own`; tells their ids and what was left out."""
+        before = self.counts
+        mine = [at for at in window if at % self.ranks.world == self.ranks.rank]
+        found = [(at, item) for at in mine if (item := self._at(at)) is not None]
+        kept = self._finished_at(found)
+        own.update(kept)
+        return {at: item[0].sample.id for at, item in kept}, self.counts.minus(before)
 
     def these(self, positions: Sequence[int], *, ahead: bool = True) -> list[Item]:
         """The rows at these positions, without those that cannot be used. With `ahead=False` they are read
@@ -149,7 +212,7 @@ class Feed:
     def _at(self, position: int, ahead: bool = True) -> Item | None:
         safe_point()
         try:
-            read = self._ahead(position) if self.workers and ahead else self.reader(position)
+            read = self._read_ahead(position) if self.workers and ahead else self.reader(position)
             item = self._usable(read)
         except (BadRow, LongRow) as error:
             self._leave_out(error, position)
@@ -177,18 +240,28 @@ class Feed:
             answer=self.answer,
         )
 
+    def _read_ahead(self, position: int) -> Read:
+        turn, rank = divmod(position, self.ranks.world)
+        assert rank == self.ranks.rank, f"position {position} is not that of rank {self.ranks.rank}"
+        return self._ahead(turn)
+
     @functools.cached_property
     def _ahead(self) -> Prefetch[Read]:
-        return Prefetch(self.reader.for_workers(), self.workers, self.prefetch)
+        """Reads this process's positions, counted without those of the others."""
+        reader = InTurn(self.reader.for_workers(), self.ranks.rank, self.ranks.world)
+        return Prefetch(reader, self.workers, -(-self.prefetch // self.ranks.world))
 
     def _finished(self, found: Sequence[tuple[int, Item]]) -> list[Item]:
+        return [item for _, item in self._finished_at(found)]
+
+    def _finished_at(self, found: Sequence[tuple[int, Item]]) -> list[tuple[int, Item]]:
         """The rows after `finish`, without those that it made too long."""
         kept = []
         for (position, _), item in zip(found, self.finish([item for _, item in found]), strict=True):
             if isinstance(item, BadRow):
                 self._leave_out(item, position)
             elif self.reader.fits(*item):
-                kept.append(item)
+                kept.append((position, item))
             else:
                 self._leave_out(self._too_long_now(item), position)
         return kept

@@ -8,10 +8,11 @@ Left out: the recipe, which the run folder compares setting by setting (`changes
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -28,6 +29,7 @@ from reflectvlm.train.packing import (
     rng_state,
     set_rng_state,
 )
+from reflectvlm.train.ranks import Ranks
 from reflectvlm.train.run import Trainable
 from reflectvlm.train.update import first_broken_weight
 
@@ -39,16 +41,18 @@ _VERSIONS = ("reflectvlm", "torch", "transformers")
 def snapshot(
     trainer: Trainable, about: Mapping[str, JSON], loop: Mapping[str, JSON]
 ) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, JSON]]:
-    """(tensors, state) of a run between two steps; the tensors are those in use, not copies."""
-    packed, generators = optimizer_to_tensors(trainer.updater.optimizer.state_dict()), rng_state()
+    """(tensors, state) of a run between two steps; the tensors are those in use, not copies. All processes
+    must call it; only the first one's is whole."""
+    module, optimizer = trainer.updater.weights.state()
+    packed, generators = optimizer_to_tensors(optimizer), rng_state()
     tensors: dict[str, Mapping[str, Tensor]] = {
-        "model": trainer.policy.module.state_dict(),
+        "model": module,
         "optimizer": packed.tensors,
         "rng": generators.tensors,
         **trainer.tensors(),
     }
     state = {
-        "trainer": trainer.state(),
+        "trainer": _joined(trainer.state(), trainer.ranks),
         "optimizer": packed.json,
         "rng": generators.json,
         "loop": dict(loop),
@@ -64,18 +68,19 @@ def put_back(trainer: Trainable, checkpoint: Checkpoint, about: Mapping[str, JSO
     changed, and RuntimeError if its weights are no numbers.
     """
     _check_same(checkpoint, about)
-    module, optimizer = trainer.policy.module, trainer.updater.optimizer
-    module.load_state_dict(dict(checkpoint.tensors["model"]))
-    if (name := first_broken_weight(module)) is not None:
+    updater = trainer.updater
+    packed = checkpoint.tensors["optimizer"], checkpoint.state["optimizer"]
+    with _own_settings(updater.optimizer):
+        updater.weights.load(checkpoint.tensors["model"], optimizer_from_tensors(*packed))
+    with updater.weights.whole():
+        broken = first_broken_weight(trainer.policy.module)
+    if broken is not None:
         raise RuntimeError(
-            f"{checkpoint.path}: the weight {name!r} holds NaN or infinity, so it trains nothing. "
+            f"{checkpoint.path}: the weight {broken!r} holds NaN or infinity, so it trains nothing. "
             "Resume from an earlier one with resume=PATH."
         )
-    _load_optimizer(
-        optimizer, optimizer_from_tensors(checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
-    )
     set_rng_state(checkpoint.tensors["rng"], checkpoint.state["rng"])
-    trainer.load_state(checkpoint.state["trainer"])
+    trainer.load_state(_part(checkpoint.state["trainer"], trainer.ranks))
     trainer.load_tensors(checkpoint.tensors)
     return dict(checkpoint.state["loop"])
 
@@ -92,11 +97,29 @@ def about(trainer: Trainable) -> dict[str, JSON]:
     }
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Moments and step counts of the checkpoint; rates, betas and decay as the run has them now, since those
-    may have been changed, and the checkpoint's would quietly win."""
+_OF_EACH = "pending"
+"""What of a trainer's state each process has some of: a list. All else is the same in all of them."""
+
+
+def _joined(state: dict[str, JSON], ranks: Ranks) -> dict[str, JSON]:
+    if not ranks.agree(bool(state.get(_OF_EACH))):
+        return state
+    return state | {_OF_EACH: [one for part in ranks.gather(state[_OF_EACH]) for one in part]}
+
+
+def _part(state: Mapping[str, JSON], ranks: Ranks) -> dict[str, JSON]:
+    """The state with this process's part of what was joined, however many there were then."""
+    if not state.get(_OF_EACH):
+        return dict(state)
+    return {**state, _OF_EACH: state[_OF_EACH][ranks.rank :: ranks.world]}
+
+
+@contextlib.contextmanager
+def _own_settings(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Rates, betas and decay stay as the run has them now, since those may have been changed, and the
+    checkpoint's would quietly win."""
     own = [{name: one for name, one in group.items() if name != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    yield
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         group.update(settings)
 
@@ -143,9 +166,19 @@ def _files(recipe: str | None) -> dict[str, str]:
 def _parameters(module: nn.Module) -> dict[str, list[Any]]:
     """Name -> shape, dtype, whether it trains."""
     return {
-        name: [list(one.shape), str(one.dtype).removeprefix("torch."), one.requires_grad]
+        name: [
+            list(getattr(one, "ds_shape", one.shape)),
+            str(one.dtype).removeprefix("torch."),
+            one.requires_grad,
+        ]
         for name, one in module.named_parameters()
     }
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """The whole one's, also where processes share it."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
 
 
 def _first_difference(then: Mapping[str, list[Any]], now: Mapping[str, list[Any]]) -> str | None:

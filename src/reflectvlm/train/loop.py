@@ -8,12 +8,14 @@ the run that goes on; what was done before is saved.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
 import shutil
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -21,6 +23,7 @@ from torch import nn
 from reflectvlm import stages
 from reflectvlm.interrupt import Abandoned, abandonable
 from reflectvlm.models.freezing import trainable_table
+from reflectvlm.pulse import phase
 from reflectvlm.train import keeping
 from reflectvlm.train.changes import of_a_trainer, settings
 from reflectvlm.train.changes import table as table_of_changes
@@ -48,7 +51,10 @@ def run_training(trainer: Trainable) -> RunResult:
     """Runs a trainer from its first step, or from its last good checkpoint, to its end."""
     output = trainer.output
     name = "-".join(part for part in (trainer.name, trainer.variant) if part)
-    folder = RunFolder.open(name, output, "checkpoints", of_a_trainer, settings(trainer))
+    ranks = trainer.ranks
+    folder = ranks.from_first(
+        lambda: RunFolder.open(name, output, "checkpoints", of_a_trainer, settings(trainer))
+    )
     with folder, StopRequest(output.max_minutes) as stop:
         shown = name if output.resume in ("auto", "never") else folder.path.name
         return _Loop(trainer, folder, stop, shown).run()
@@ -57,12 +63,20 @@ def run_training(trainer: Trainable) -> RunResult:
 class _Loop:
     def __init__(self, trainer: Trainable, folder: RunFolder, stop: StopRequest, name: str) -> None:
         self.trainer, self.folder, self.stop, self.output = trainer, folder, stop, trainer.output
+        self.ranks = trainer.ranks
         self.store = CheckpointStore(folder.checkpoints, keep=self.output.keep)
         self.saver = Saver(self.store)
         self.jsonl = JsonLines(folder.path)
-        self.console = Console(name, trainer.steps, every=self.output.print_every)
+        # The first process alone talks and writes.
+        self.console = Console(
+            name,
+            trainer.steps,
+            every=self.output.print_every,
+            file=None if self.ranks.first else io.StringIO(),
+        )
         self.tensorboard = TensorBoard(folder.tensorboard)
-        self.trackers = Trackers((self.console, self.jsonl, self.tensorboard, *self.output.trackers))
+        listeners = (self.console, self.jsonl, self.tensorboard, *self.output.trackers)
+        self.trackers = Trackers(listeners if self.ranks.first else ())
         self.about: dict[str, Any] = {}
         self.done = 0
         self.kept: tuple[Any, ...] | None = None
@@ -109,10 +123,18 @@ class _Loop:
         if self.owes_evaluation:
             self._validate()
         while self.done < self.trainer.steps:
-            if self.stop.requested:
+            if self._stop_asked():
                 return False
             self._step()
         return True
+
+    def _stop_asked(self) -> bool:
+        """Whether some process was asked to stop; then all know why."""
+        told = self.ranks.gather((self.stop.reason, self.stop.exit_code) if self.stop.requested else None)
+        asked = [one for one in told if one is not None]
+        if asked and not self.stop.requested:
+            self.stop.reason, self.stop.exit_code = asked[0]
+        return bool(asked)
 
     def _introduce(self) -> None:
         """What trains, on which rows, and what is other than when the run began."""
@@ -124,13 +146,16 @@ class _Loop:
         report = getattr(self.trainer.data, "report", None)
         if report is not None:
             lines = report.lines() if hasattr(report, "lines") else [str(report)]
+            if not self.ranks.first:
+                return
             self.folder.rows.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
             self.console.say(f"{report}; the list is in {self.folder.rows}")
 
     def _begin(self) -> None:
         """What is measured once, before the first step."""
         if self.output.checks:
-            check_start(self.trainer, self.console.say)
+            with self.trainer.updater.weights.whole():
+                check_start(self.trainer, self.console.say)
         if self.trainer.test is not None:
             before, groups = self.trainer.evaluate(self.trainer.test)
             self.trackers.rollouts(0, groups)
@@ -159,7 +184,7 @@ class _Loop:
         """A block that can be given up; the trainer is then as it was before it."""
         state, generators = self.trainer.state(), rng_state()
         try:
-            with abandonable(lambda: self.stop.requested):
+            with abandonable(lambda: self.stop.requested, alone=self.ranks.world == 1):
                 yield
         except Abandoned:
             self.trainer.load_state(state)
@@ -213,7 +238,10 @@ class _Loop:
                 )
 
     def _dump(self, error: NonFinite, step: int) -> str:
-        folder = self.folder.path / f"nonfinite-step-{step}"
+        of_rank = "" if self.ranks.first else f"-rank-{self.ranks.rank}"
+        folder = self.folder.path / f"nonfinite-step-{step}{of_rank}"
+        if len(error.batch) == 0:
+            return "this process had no rows"
         while folder.exists():  # several updates of one step
             folder = folder.with_name(f"{folder.name}-again")
         try:
@@ -239,7 +267,11 @@ class _Loop:
             "left_out": self.left_out,
             "logged": self.jsonl.sizes(),
         }
-        tensors, state = keeping.snapshot(self.trainer, self.about, loop)
+        with phase("save"):
+            tensors, state = keeping.snapshot(self.trainer, self.about, loop)
+        if not self.ranks.first:
+            self.kept = self._place()
+            return
         with self._told_if_not_saved():
             self.saver.wait()  # an older one that failed must not keep this one from being tried
         with self._told_if_not_saved():
@@ -259,9 +291,12 @@ class _Loop:
         """The state as it is now is on the disk when this returns."""
         with self._told_if_not_saved():
             self.saver.wait()
-        if self.saver.saved != self.done or self.kept != self._place():
+        missing = self.saver.saved != self.done or self.kept != self._place()
+        if self.ranks.agree(self.ranks.first and missing):
             self._save()
-            self.saver.wait()
+            with phase("save"):
+                self.saver.wait()
+                self.ranks.barrier()
 
     def _place(self) -> tuple[Any, ...]:
         """Where the loop stands."""
@@ -273,16 +308,16 @@ class _Loop:
             self.saver.wait()
 
     def _restore(self) -> None:
-        path = self.folder.checkpoint or self.store.tidy()
+        path = self.folder.checkpoint or self.ranks.from_first(self._newest)
         if path is None:
-            self._check_none_lost()
             # A run cut off before its first checkpoint starts anew, and so does its log.
             self.trackers.truncate_after(-1)
             return
         # `latest` has just compared every byte
-        checkpoint = self.store.load(path, verify=self.folder.checkpoint is not None)
+        verify = self.folder.checkpoint is not None and self.ranks.first
+        checkpoint = self.store.load(path, verify=verify)
         loop = keeping.put_back(self.trainer, checkpoint, self.about)
-        if self.folder.checkpoint is not None:
+        if self.folder.checkpoint is not None and self.ranks.first:
             self.store.supersede_after(checkpoint.step)
         self.before, self.begun = dict(loop["before"]), loop["begun"]
         self.owes_evaluation, self.left_out = loop["owes_evaluation"], loop["left_out"]
@@ -290,8 +325,17 @@ class _Loop:
         self.kept = self._place()
         self.no_signal = None  # it speaks of a run from its beginning on
         self.trackers.truncate_after(self.done)
+        if not self.ranks.first:
+            return
         self.jsonl.truncate_to(loop["logged"])
         log.info("resumed %s at step %d of %d", self.folder.path, self.done, self.trainer.steps)
+
+    def _newest(self) -> Path | None:
+        """The newest valid checkpoint; None for a run that has none yet."""
+        path = self.store.tidy()
+        if path is None:
+            self._check_none_lost()
+        return path
 
     def _check_none_lost(self) -> None:
         """Damaged checkpoints must not let a run of days begin again in its own folder."""
@@ -304,6 +348,7 @@ class _Loop:
     # -- ends -----------------------------------------------------------------------------------
 
     def _stopped(self) -> RunResult:
+        self._stop_asked()
         self._save_surely()  # also after step 0: what was measured before it is kept
         self.console.say(
             f"stopped by {self.stop.reason} after step {self.done} of {self.trainer.steps}; "
@@ -324,13 +369,17 @@ class _Loop:
             with self._given_up_if_asked():
                 after, groups = self.trainer.evaluate(self.trainer.test)
             self.trackers.rollouts(self.done, groups)
-        self._write_model()
+        with phase("save"), self.trainer.updater.weights.whole():
+            if self.ranks.first:
+                self._write_model()
         self.trackers.close()
         title = f"{stages.without_digest(self.folder.path.name)}: held-out rows, greedy"
         shown = results(self.before), results(after)
         markdown = self.console.table(title, *shown).markdown if after else title
-        self._draw()  # before the summary, which says that the run is finished
-        self.folder.write_summary({"before": self.before, "after": after, "steps": self.done}, markdown)
+        if self.ranks.first:
+            self._draw()  # before the summary, which says that the run is finished
+            self.folder.write_summary({"before": self.before, "after": after, "steps": self.done}, markdown)
+        self.ranks.barrier()
         self.console.say(f"model, curves, samples and metrics are in {self.folder.path}")
         return RunResult(folder=self.folder.path, before=self.before, after=after, finished=True)
 

@@ -29,7 +29,7 @@ from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.protocols import Reattention, RolloutEngine
 from reflectvlm.rollout.continuing import Begun, BegunGroup
 from reflectvlm.rollout.placing import Placed
-from reflectvlm.train.feed import Feed
+from reflectvlm.train.feed import Feed, Share
 from reflectvlm.types import (
     Insertion,
     Prompt,
@@ -102,11 +102,11 @@ class Pending:
     _saved: list[Mapping[str, Any]] = field(default_factory=list, init=False)
     """Groups of a checkpoint whose prompts have not been read yet."""
 
-    def begin(self, prompts: Sequence[tuple[int, Prompt]], n: int, seed: int) -> None:
-        """New groups for prompts, each with its position in the data."""
+    def begin(self, share: Share, n: int, seed: int) -> None:
+        """New groups for the prompts of this process."""
         self.waiting += [
-            Waiting(group=BegunGroup.fresh(prompt, n, seed, number), position=position)
-            for number, (position, prompt) in enumerate(prompts)
+            Waiting(group=BegunGroup.fresh(prompt, n, seed, place), position=position)
+            for (prompt, _), position, place in zip(share.items, share.positions, share.places, strict=True)
         ]
 
     def go_on(

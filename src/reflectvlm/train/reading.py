@@ -98,6 +98,21 @@ class RowReader:
         return None if text is None else asking(text)
 
 
+class InTurn(NamedTuple):
+    """The rows of one process among `world`: number k is position k * world + rank."""
+
+    read: RowReader
+    rank: int
+    world: int
+
+    def __call__(self, turn: int) -> Read:
+        return self.read(turn * self.world + self.rank)
+
+    @property
+    def parts(self) -> Mapping[str, Any]:
+        return self.read.parts
+
+
 def read_sample(data: Sequence[Sample], place: int) -> Sample:
     """`data[place]`. Raises BadRow."""
     try:

@@ -21,23 +21,28 @@ from reflectvlm.advantages import GroupMean
 from reflectvlm.batch import Batch
 from reflectvlm.models.carried import carry
 from reflectvlm.models.qwen_vl import QwenVL
-from reflectvlm.objectives import ClippedSurrogate
+from reflectvlm.objectives import ClippedSurrogate, wants_full_kl
 from reflectvlm.protocols import Advantage, Objective, Reattention, RolloutEngine
+from reflectvlm.pulse import phase
 from reflectvlm.reattention import Implicit, check_reattention
 from reflectvlm.rewards.early import Early
 from reflectvlm.rewards.rubric import Rubric
 from reflectvlm.rollout.engine import InProcessEngine
 from reflectvlm.train.budget import MICRO_TOKENS
+from reflectvlm.train.compute import Compute
 from reflectvlm.train.evaluate import DEFAULT_TAG, Evaluation, summarize
-from reflectvlm.train.feed import Feed
+from reflectvlm.train.feed import Feed, Share
 from reflectvlm.train.loop import run_training
 from reflectvlm.train.optim import AdamW
 from reflectvlm.train.pending import PartialRollouts, Pending, partial_metrics
 from reflectvlm.train.prefetch import check_workers
+from reflectvlm.train.ranks import Ranks
 from reflectvlm.train.row_rules import RowRules
 from reflectvlm.train.run import Metrics, Output, RunResult, StepResult
 from reflectvlm.train.runtime import Runtime
+from reflectvlm.train.sharing import Placed, shared
 from reflectvlm.train.update import Updater, score_without_grad
+from reflectvlm.train.zero import sharded_frozen, through
 from reflectvlm.types import Instruction, Prompt, Rollout, Sample, SamplingParams, ScoredGroup
 
 log = logging.getLogger("reflectvlm")
@@ -124,6 +129,8 @@ class RLTrainer:
     reference_sync: ReferenceSync | None = None
     """Lets the reference of the KL term follow the policy; None keeps it where the run began."""
     optimizer: AdamW = field(default_factory=AdamW)
+    compute: Compute = field(default_factory=Compute)
+    """How weights, gradients and moments are spread over processes. Changes no result."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a loss or gradient that is no number does: stop the run, or leave out the batch."""
     max_nonfinite: int = 10
@@ -155,6 +162,8 @@ class RLTrainer:
     _idleness_told: bool = field(default=False, init=False, repr=False)
     _lost_before: int = field(default=0, init=False, repr=False)
     """`rubric.lost` after the step before."""
+    _own: dict[int, ScoredGroup] = field(default_factory=dict, init=False, repr=False)
+    """This process's groups of the current step, by identity."""
 
     def __post_init__(self) -> None:
         check_reattention(self.reattention)
@@ -182,6 +191,16 @@ class RLTrainer:
                 "reference_sync is set, but the objective has no KL term, so there is no reference. Give "
                 "objective.kl, or leave reference_sync out."
             )
+        if wants_full_kl(self.objective) and self.compute.stage == 3:
+            raise ValueError(
+                "objective.kl.estimator is 'full' with compute=zero3, where nobody has the reference's whole "
+                "head. Take estimator k3 or k2, or compute=zero2."
+            )
+        if self.reference_sync is not None and self.compute.stage == 3:
+            raise ValueError(
+                "reference_sync is set with compute=zero3, whose weights are in shares. Take zero2, or leave "
+                "reference_sync out."
+            )
         if not isinstance(self.partial, PartialRollouts | None):
             raise ValueError(  # noqa: TRY004 - what a user wrote in a recipe
                 f"partial is {self.partial!r}. It takes PartialRollouts, in a recipe "
@@ -204,7 +223,8 @@ class RLTrainer:
         """One step of the loop; `step` counts from 0."""
         started = time.perf_counter()
         version = self.updates
-        scored = self.sample_groups(step)
+        with self.updater.weights.whole():
+            scored = self.sample_groups(step)
         self._check_scored(scored)
         sampled = time.perf_counter()
         useful = [group for group in scored if group.has_signal]
@@ -214,7 +234,8 @@ class RLTrainer:
         }
         trained = [group for group in scored if any(group.scored)] if self.keep_equal_groups else useful
         if trained:
-            metrics |= self.update(trained, step)
+            with phase("update"):
+                metrics |= self.update(trained, step)
         if self.pending is not None:
             metrics |= partial_metrics(scored, version, len(self.pending.waiting))
         self._sync_reference(step)
@@ -240,7 +261,7 @@ class RLTrainer:
     def _check_scored(self, groups: Sequence[ScoredGroup]) -> None:
         """A reward that always fails would let the run end well without having learned anything. One that
         seldom applies (None) has not failed: a long row of such steps is told, once."""
-        failed = self.rubric.lost > self._lost_before
+        failed = self.ranks.agree(self.rubric.lost > self._lost_before)
         self._lost_before = self.rubric.lost
         if any(any(group.scored) for group in groups):
             self.unscored_steps = self._idle_steps = 0
@@ -271,68 +292,101 @@ class RLTrainer:
         rounds = self.dynamic_sampling.max_rounds if self.dynamic_sampling else 1
         kept: list[ScoredGroup] = []
         self.row_ids = ()
+        self._own = {}
         for number in range(rounds):
-            prompts = self.next_prompts(self.prompts_per_step)
-            self.row_ids += tuple(prompt.sample.id for prompt in prompts)
+            share = self.next_share(self.prompts_per_step)
+            self.row_ids += share.ids
             seed = _mixed(self.seed, step, number)
-            with Early(self.rubric, on=self.overlap_rewards) as early:
-                scored = early.score(self.rollouts(prompts, seed, early.take))
-            if self.drop_truncated:
-                scored = [group.without_truncated() for group in scored]
-            kept += scored
+            kept += self._shared(functools.partial(self._scored, share, seed))
             useful = [group for group in kept if group.has_signal]
             if len(useful) >= self.prompts_per_step:
                 return useful[: self.prompts_per_step]
         # Groups with a signal first: if they are too few, the rest fills up and counts in the metrics.
         return sorted(kept, key=lambda group: not group.has_signal)[: self.prompts_per_step]
 
+    def _shared(self, work: Callable[[], list[Placed]]) -> list[ScoredGroup]:
+        """The groups of all processes; this one's own are kept whole, for its part of the updates."""
+        groups, own = shared(self.ranks, work)
+        self._own |= {id(group): group for group in own}
+        return groups
+
+    def _scored(self, share: Share, seed: int) -> list[Placed]:
+        """This process's part of a step's groups."""
+        prompts = [prompt for prompt, _ in share.items]
+        places = None if self.ranks.world == 1 else share.places
+        with phase("rollout"), Early(self.rubric, on=self.overlap_rewards) as early:
+            rollouts = self.rollouts(prompts, seed, early.take, places)
+            with phase("reward"):
+                scored = early.score(rollouts)
+        return list(map(Placed, share.places, self._untruncated(scored)))
+
+    def _untruncated(self, scored: Sequence[ScoredGroup]) -> list[ScoredGroup]:
+        return [group.without_truncated() if self.drop_truncated else group for group in scored]
+
     def _continued(self, pending: Pending, step: int) -> list[ScoredGroup]:
         """The groups that are complete after this step's tokens, the oldest first; the others wait."""
         pending.read(self.feed)
-        prompts = [self._next_place() for _ in range(self.prompts_per_step)]
-        pending.begin(prompts, self.group_size, _mixed(self.seed, step, 0))
+        self._own = {}
+        share = self.next_share(self.prompts_per_step)
+        pending.begin(share, self.group_size, _mixed(self.seed, step, 0))
         self.row_ids = tuple(one.group.prompt.sample.id for one in pending.waiting)
+        return self._shared(functools.partial(self._gone_on, pending))
+
+    def _gone_on(self, pending: Pending) -> list[Placed]:
         done: dict[int, tuple[Rollout, ...]] = {}
-        with Early(self.rubric, on=self.overlap_rewards) as early:
+        with phase("rollout"), Early(self.rubric, on=self.overlap_rewards) as early:
             for number, group in pending.go_on(
                 self.rollout_engine, self.sampling, self.reattention, self.updates
             ):
                 done[number] = group
                 early.take(number, group)
-            scored = early.score([done[number] for number in sorted(done)], sorted(done))
-        return [group.without_truncated() for group in scored] if self.drop_truncated else scored
-
-    def _next_place(self) -> tuple[int, Prompt]:
-        """The next row's position in the data, and its prompt."""
-        (prompt,) = self.next_prompts(1)
-        return self.position - 1, prompt
+            with phase("reward"):
+                scored = early.score([done[number] for number in sorted(done)], sorted(done))
+        places = [number * self.ranks.world + self.ranks.rank for number in sorted(done)]
+        return list(map(Placed, places, self._untruncated(scored)))
 
     def rollouts(
         self,
         prompts: Sequence[Prompt],
         seed: int,
         take: Callable[[int, tuple[Rollout, ...]], None] | None = None,
+        places: Sequence[int] | None = None,
     ) -> list[tuple[Rollout, ...]]:
-        """A group for each prompt. `take` gets each as soon as it is complete, if the engine can tell."""
+        """A group for each prompt. `take` gets each as soon as it is complete, if the engine can tell.
+        `places`: those of the prompts in the whole step, if other processes have some of it."""
         asked = (prompts, self.group_size, self.sampling, self.reattention)
+        drawn: dict[str, Any] = {"seed": seed} if places is None else {"seed": seed, "places": places}
+        engine = self._synced_engine()
         groups: Callable[..., Iterator[tuple[int, tuple[Rollout, ...]]]] | None
-        groups = getattr(self.rollout_engine, "groups", None)
+        groups = getattr(engine, "groups", None)
         if groups is None:
-            return [self._stamped(group) for group in self.rollout_engine.generate(*asked, seed=seed)]
+            return [self._stamped(group) for group in engine.generate(*asked, **drawn)]
         done: dict[int, tuple[Rollout, ...]] = {}
-        for number, group in groups(*asked, seed=seed):
+        for number, group in groups(*asked, **drawn):
             done[number] = self._stamped(group)
             if take is not None:
                 take(number, done[number])
         return [done[number] for number in range(len(prompts))]
 
+    def _synced_engine(self) -> RolloutEngine:
+        """The engine. One that holds a copy of the weights is told which version of them it needs next."""
+        engine = self.rollout_engine
+        if (sync := getattr(engine, "sync", None)) is not None:
+            sync(self.updates)
+        return engine
+
     def _stamped(self, group: Sequence[Rollout]) -> tuple[Rollout, ...]:
         return tuple(dataclasses.replace(one, policy_version=self.updates) for one in group)
 
     def next_prompts(self, count: int) -> list[Prompt]:
-        """The next rows as prompts, without those that `row_rules` leave out."""
-        items, self.position = self.feed.take(count, self.position)
-        return [prompt for prompt, _ in items]
+        """The next rows as prompts, without those that `row_rules` leave out; all of them in one process, and
+        this process's part of them in several."""
+        return [prompt for prompt, _ in self.next_share(count).items]
+
+    def next_share(self, count: int) -> Share:
+        with phase("data"):
+            share, self.position = self.feed.share(count, self.position)
+        return share
 
     def batch(self, groups: Sequence[ScoredGroup]) -> Batch:
         """Groups -> one batch. Unscored rollouts are left out: their advantage is 0."""
@@ -348,24 +402,51 @@ class RLTrainer:
         batch = dataclasses.replace(batch, advantages=torch.tensor(advantages, device=batch.ids.device))
         counts = self.runtime.sum({"tokens": batch.num_tokens, "sequences": batch.num_sequences})
         batch = dataclasses.replace(batch, num_tokens=counts["tokens"], num_sequences=counts["sequences"])
-        if self.reference is None:
+        if getattr(self.rollout_engine, "foreign_logprobs", False):
+            batch = dataclasses.replace(
+                batch, old_logprobs=self._own_scores(batch), engine_logprobs=batch.old_logprobs
+            )
+        if self.reference is None or wants_full_kl(self.objective):
             return batch
-        temperature = self.sampling.logprob_temperature
-        return dataclasses.replace(
-            batch, ref_logprobs=score_without_grad(self.reference, batch, self.micro_tokens, temperature)
+        return dataclasses.replace(batch, ref_logprobs=self.reference_scores(batch))
+
+    def _own_scores(self, batch: Batch) -> Tensor:
+        """The policy's log-probs before the first update, where the engine's are those of another program."""
+        weights = self.updater.weights
+        return score_without_grad(
+            self.policy,
+            batch,
+            self.micro_tokens,
+            self.sampling.logprob_temperature,
+            in_step=self.updater.in_step if weights.in_step else None,
+            run=weights.run,
         )
 
+    def reference_scores(self, batch: Batch) -> Tensor:
+        """The reference's log-probs of the batch's trained tokens."""
+        assert self.reference is not None
+        asked = (self.reference, batch, self.micro_tokens, self.sampling.logprob_temperature)
+        if self._reference_engine is None:
+            return score_without_grad(*asked)
+        run = functools.partial(through, self._reference_engine)
+        return score_without_grad(*asked, in_step=self.updater.in_step, run=run)
+
     def update(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
-        """All updates on one set of rollouts; metrics are those of the last one."""
+        """All updates on one set of rollouts; metrics are those of the last one. A process has its own
+        groups of each update."""
         lr = self.optimizer.rate(step, self.steps)
-        share = -(-len(groups) // self.updates_per_step)
-        batches = [self.batch(groups[start : start + share]) for start in range(0, len(groups), share)]
+        size = -(-len(groups) // self.updates_per_step)
+        parts = [groups[start : start + size] for start in range(0, len(groups), size)]
+        batches = [self.batch([one for one in part if self._is_own(one)]) for part in parts]
         metrics: dict[str, float] = {}
         for _ in range(self.epochs_per_step):
             for batch in batches:
                 metrics = self.updater(batch, lr)
                 self.updates += 1
         return metrics
+
+    def _is_own(self, group: ScoredGroup) -> bool:
+        return self.ranks.world == 1 or id(group) in self._own
 
     # -- parts made once ------------------------------------------------------------------------
 
@@ -382,6 +463,7 @@ class RLTrainer:
             instruction=lambda _: instruction,
             workers=self.workers,
             prefetch=self.prefetch or self.prompts_per_step,
+            ranks=self.ranks,
         )
 
     @functools.cached_property
@@ -391,7 +473,11 @@ class RLTrainer:
 
     @functools.cached_property
     def runtime(self) -> Runtime:
-        return Runtime()
+        return Runtime(compute=self.compute)
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.runtime.ranks
 
     @functools.cached_property
     def rollout_engine(self) -> RolloutEngine:
@@ -411,6 +497,13 @@ class RLTrainer:
         return dataclasses.replace(self.policy, model=frozen, compute=None)
 
     @functools.cached_property
+    def _reference_engine(self) -> Any:
+        """What fetches the reference's weights where processes share them; None where it is whole."""
+        if self.compute.stage != 3 or self.reference is None:
+            return None
+        return sharded_frozen(self.reference.module, self.compute)
+
+    @functools.cached_property
     def updater(self) -> Updater:
         return Updater(
             policy=self.policy,
@@ -420,6 +513,7 @@ class RLTrainer:
             micro_tokens=self.micro_tokens,
             max_grad_norm=self.optimizer.max_grad_norm,
             temperature=self.sampling.logprob_temperature,
+            reference=self.reference if wants_full_kl(self.objective) else None,
             on_nonfinite=self.on_nonfinite,
         )
 
@@ -429,13 +523,21 @@ class RLTrainer:
         """Makes the reference before anything trains."""
         carry(self.policy.model.config, self.reattention, self.instruction)
         self.policy.module.to(self.runtime.device)
-        _ = self.reference, self.updater
+        _ = self.reference, self._reference_engine, self.updater.weights
 
     def canary_prompts(self) -> list[Prompt]:
         return self.feed.first(4)
 
     def evaluate(self, evaluation: Evaluation) -> tuple[Metrics, list[ScoredGroup]]:
-        return evaluation(self.policy, self.rollout_engine, self.rubric, self.instruction, self.reattention)
+        with phase("evaluation"), self.updater.weights.whole():
+            return evaluation(
+                self.policy,
+                self._synced_engine(),
+                self.rubric,
+                self.instruction,
+                self.reattention,
+                ranks=self.ranks,
+            )
 
     def state(self) -> dict[str, Any]:
         return {

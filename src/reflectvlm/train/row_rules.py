@@ -65,6 +65,12 @@ class Counts(NamedTuple):
     def left_out(self) -> int:
         return self.unreadable + self.too_long
 
+    def plus(self, other: Counts) -> Counts:
+        return Counts(*(one + more for one, more in zip(self, other, strict=True)))
+
+    def minus(self, other: Counts) -> Counts:
+        return Counts(*(one - less for one, less in zip(self, other, strict=True)))
+
     def __str__(self) -> str:
         why = f" ({self.unreadable:,} unreadable, {self.too_long:,} too long)" if self.left_out else ""
         return f"{self.tried:,} rows tried, {self.left_out:,} left out{why}, {self.shortened:,} shortened"

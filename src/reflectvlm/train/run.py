@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reflectvlm.protocols import Policy, Tracker
 from reflectvlm.train.evaluate import Evaluation
+from reflectvlm.train.ranks import Ranks
 from reflectvlm.types import Prompt, Sample, ScoredGroup
 
 Metrics = dict[str, float]
@@ -112,6 +113,11 @@ class Trainable(Protocol):
 
     @property
     def policy(self) -> Policy: ...
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the run."""
+        ...
+
     @property
     def updater(self) -> Any: ...
     def prepare(self) -> None:

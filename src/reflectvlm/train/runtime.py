@@ -1,51 +1,68 @@
-"""Processes and devices: the only place that knows accelerate.
+"""One process's view of the machine: its device, the other processes, and how weights are spread over them.
 
-Everything else asks it to move, to add up over ranks, to run a backward pass, to step.
+The only place, with `ranks.py` and `zero.py`, that knows accelerate, DeepSpeed and torch.distributed.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from reflectvlm.train.compute import Compute
+from reflectvlm.train.ranks import Ranks
+from reflectvlm.train.weights import Shared, Weights, Whole
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Runtime:
-    """One rank's view of the run. In a single process every sum over ranks is the value itself."""
+    """Example: `Runtime(compute=Compute(kind="zero2")).weights(module, optimizer, max_grad_norm=1.0)`"""
+
+    compute: Compute = field(default_factory=Compute)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.compute, Compute):
+            raise ValueError(  # noqa: TRY004 - what a user wrote in a recipe
+                f"compute is {self.compute!r}. It takes Compute, in a recipe compute=ddp or another file of "
+                "recipes/compute/, or {_target_: reflectvlm.train.compute.Compute, kind: zero2}."
+            )
 
     @functools.cached_property
-    def accelerator(self) -> Any:
-        from accelerate import Accelerator
+    def ranks(self) -> Ranks:
+        ranks = Ranks.joined()
+        self.compute.check(ranks.world)
+        return ranks
 
-        made = Accelerator()
-        if made.num_processes > 1:
-            raise RuntimeError(
-                f"{made.num_processes} processes were started, but this version trains in one. "
-                "Start it with plain `reflectvlm train`."
-            )
-        return made
-
-    @property
+    @functools.cached_property
     def device(self) -> torch.device:
-        return self.accelerator.device
+        from accelerate import PartialState
+
+        _ = self.ranks  # joins first, which says which device is whose
+        device: torch.device = PartialState().device
+        return device
 
     def sum(self, values: Mapping[str, Tensor | float]) -> dict[str, float]:
         """Each value added over ranks."""
-        names = list(values)
-        if not names:
-            return {}
-        stacked = torch.tensor([float(values[name]) for name in names], dtype=torch.float64)
-        total = self.accelerator.reduce(stacked, reduction="sum")
-        return dict(zip(names, total.tolist(), strict=True))
+        return self.ranks.sum(values)
 
-    def backward(self, loss: Tensor) -> None:
-        self.accelerator.backward(loss)
+    def weights(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float
+    ) -> Weights:
+        """The weights of `module`, spread as the settings say and trained by `optimizer`."""
+        ranks = self.ranks
+        if self.compute.stage:
+            from reflectvlm.train.zero import sharded
 
-    def clip(self, module: nn.Module, max_norm: float) -> float:
-        """Scales gradients down to `max_norm`; returns their norm before."""
-        return float(self.accelerator.clip_grad_norm_(module.parameters(), max_norm))
+            return sharded(module, optimizer, self.compute, ranks, max_grad_norm)
+        if ranks.world > 1:
+            return Shared(
+                module=module,
+                optimizer=optimizer,
+                max_grad_norm=max_grad_norm,
+                ranks=ranks,
+                bucket=self.compute.bucket,
+            )
+        return Whole(module=module, optimizer=optimizer, max_grad_norm=max_grad_norm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -16,16 +17,19 @@ from reflectvlm.models.carried import carry
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.objectives import CrossEntropy
 from reflectvlm.protocols import Objective, Reattention, RolloutEngine
+from reflectvlm.pulse import phase
 from reflectvlm.reattention import Implicit, check_reattention
 from reflectvlm.rewards.rubric import Rubric
 from reflectvlm.rollout.engine import InProcessEngine
 from reflectvlm.rollout.placing import answer_spans, place_insertions, place_recorded
 from reflectvlm.train.budget import MICRO_TOKENS
+from reflectvlm.train.compute import Compute
 from reflectvlm.train.evaluate import Evaluation
 from reflectvlm.train.feed import Feed
 from reflectvlm.train.loop import run_training
 from reflectvlm.train.optim import AdamW
 from reflectvlm.train.prefetch import check_workers
+from reflectvlm.train.ranks import Ranks
 from reflectvlm.train.row_rules import Item, RowRules
 from reflectvlm.train.run import Metrics, Output, RunResult, StepResult
 from reflectvlm.train.runtime import Runtime
@@ -67,6 +71,8 @@ class SFTTrainer:
     """With workers: rows read ahead; None for those of one step."""
     objective: Objective = field(default_factory=CrossEntropy)
     optimizer: AdamW = field(default_factory=lambda: AdamW(lr=1e-5))
+    compute: Compute = field(default_factory=Compute)
+    """How weights, gradients and moments are spread over processes. Changes no result."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a loss or gradient that is no number does: stop the run, or leave out the batch."""
     max_nonfinite: int = 10
@@ -104,21 +110,25 @@ class SFTTrainer:
     def step(self, step: int) -> StepResult:
         started = time.perf_counter()
         sequences = self.next_sequences()
-        self.row_ids = tuple(prompt.sample.id for prompt, _ in sequences)
         batch = self.policy.batch(sequences)
         counts = self.runtime.sum({"tokens": batch.num_tokens, "sequences": batch.num_sequences})
         batch = dataclasses.replace(batch, num_tokens=counts["tokens"], num_sequences=counts["sequences"])
-        metrics = self.updater(batch, self.optimizer.rate(step, self.steps))
+        with phase("update"):
+            metrics = self.updater(batch, self.optimizer.rate(step, self.steps))
         self.updates += 1
         seconds = time.perf_counter() - started
-        metrics |= {"length/mean": batch.num_tokens / len(batch)}
+        metrics |= {"length/mean": counts["tokens"] / counts["sequences"]}
         metrics |= {"time/step": seconds, "time/tokens_per_second": counts["tokens"] / seconds}
         return StepResult(metrics=metrics, groups=[])
 
     def next_sequences(self) -> list[tuple[Prompt, Spans]]:
-        """The next rows, without those that `row_rules` leave out."""
-        items, self.position = self.feed.take(self.rows_per_step, self.position)
-        return items
+        """The next rows, without those that `row_rules` leave out; all of them in one process, and this
+        process's part of them in several."""
+        shows_blocks = self.reattention.trigger is not None
+        with phase("data"), self.updater.weights.whole() if shows_blocks else contextlib.nullcontext():
+            share, self.position = self.feed.share(self.rows_per_step, self.position)
+        self.row_ids = share.ids
+        return share.items
 
     def sequences(self, positions: Sequence[int]) -> list[tuple[Prompt, Spans]]:
         """Rows -> prompts and gold answers, with the blocks that re-attention puts into them."""
@@ -167,11 +177,16 @@ class SFTTrainer:
             finish=self._with_blocks,
             workers=self.workers,
             prefetch=self.prefetch or self.rows_per_step,
+            ranks=self.ranks,
         )
 
     @functools.cached_property
     def runtime(self) -> Runtime:
-        return Runtime()
+        return Runtime(compute=self.compute)
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.runtime.ranks
 
     @functools.cached_property
     def rollout_engine(self) -> RolloutEngine:
@@ -195,15 +210,21 @@ class SFTTrainer:
     def prepare(self) -> None:
         carry(self.policy.model.config, self.reattention, self.instructions[0])
         self.policy.module.to(self.runtime.device)
-        _ = self.updater
+        _ = self.updater.weights
 
     def canary_prompts(self) -> list[Prompt]:
         return self.feed.first(4)
 
     def evaluate(self, evaluation: Evaluation) -> tuple[Metrics, list[ScoredGroup]]:
-        return evaluation(
-            self.policy, self.rollout_engine, self.rubric, self.instructions[0], self.reattention
-        )
+        with phase("evaluation"), self.updater.weights.whole():
+            return evaluation(
+                self.policy,
+                self.rollout_engine,
+                self.rubric,
+                self.instructions[0],
+                self.reattention,
+                ranks=self.ranks,
+            )
 
     def state(self) -> dict[str, Any]:
         return {

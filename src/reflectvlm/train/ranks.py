@@ -1,0 +1,187 @@
+"""The processes of a run, as seen from one of them: who they are, and how they agree.
+
+Whoever started them (`reflectvlm train gpus=8`, torchrun, accelerate, deepspeed) says in the environment
+which of how many this one is; accelerate joins them. Numbers and small objects go through a group of their
+own on the CPU, so that they do not depend on a GPU that hangs.
+
+What a process does by itself (reading rows, rollouts, rewards) runs in `together`: its result reaches all,
+and an error or a wish to stop reaches all as well, so that none waits for one that has given up.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import os
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from reflectvlm.interrupt import Abandoned, by_itself
+from reflectvlm.pulse import waiting
+
+T = TypeVar("T")
+
+PATIENCE_MINUTES = 60.0
+"""How long a process waits for the others before it ends with an error. `REFLECTVLM_TIMEOUT` changes it."""
+
+
+class LostRank(RuntimeError):
+    """Another process has died or does not answer."""
+
+
+class ElsewhereFailed(RuntimeError):
+    """Another process told why it cannot go on."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ranks:
+    """One process among `world`. With one, everything is the value itself.
+
+    Example: `Ranks.joined().sum({"tokens": 12.0})`
+    """
+
+    rank: int = 0
+    world: int = 1
+    group: Any = None
+    """Of torch.distributed, on the CPU."""
+
+    @classmethod
+    def joined(cls) -> Ranks:
+        """The processes that were started together with this one."""
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        return cls() if world == 1 else _joined(world)
+
+    @property
+    def first(self) -> bool:
+        """This is the one that talks and writes."""
+        return self.rank == 0
+
+    def mine(self, count: int) -> range:
+        """The places of 0 to count - 1 that are this process's."""
+        return range(self.rank, count, self.world)
+
+    def gather(self, value: T) -> list[T]:
+        """Everybody's value, by rank."""
+        if self.world == 1:
+            return [value]
+        found: list[Any] = [None] * self.world
+        with self.heard():
+            torch.distributed.all_gather_object(found, value, group=self.group)
+        return found
+
+    def sum(self, values: Mapping[str, torch.Tensor | float]) -> dict[str, float]:
+        """Each value added over ranks, in float64."""
+        if not values:
+            return {}
+        added = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
+        self._reduce(added, "SUM")
+        return dict(zip(values, added.tolist(), strict=True))
+
+    def most(self, values: Sequence[float]) -> list[float]:
+        """The largest of each value over ranks."""
+        found = torch.tensor(list(values), dtype=torch.float64)
+        self._reduce(found, "MAX")
+        return [float(value) for value in found]
+
+    def agree(self, wish: bool) -> bool:
+        """Whether anybody wishes it."""
+        return self.most([float(wish)])[0] > 0
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Everybody's result of work that each does by itself. Results must be small and picklable.
+
+        If it fails in one process, it fails in all; if one gives up, all do.
+        """
+        if self.world == 1:
+            return [work()]
+        outcome: Any = None
+        error: BaseException | None = None
+        try:
+            with by_itself():
+                outcome = work()
+        except (Exception, Abandoned) as problem:  # noqa: BLE001 - told to all, and raised below
+            error = problem
+        told = self.gather((outcome, None if error is None else _told(error)))
+        if error is not None and not isinstance(error, Abandoned):
+            raise error
+        for rank, (_, problem) in enumerate(told):
+            if problem is not None and problem[0] != Abandoned.__name__:
+                _raise_elsewhere(rank, problem)
+        if any(problem is not None for _, problem in told):
+            raise Abandoned
+        return [result for result, _ in told]
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What the first process makes, in all of them."""
+        return self.together(lambda: make() if self.first else None)[0]  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        """Until all are here."""
+        self._reduce(torch.zeros(1), "SUM")
+
+    def _reduce(self, values: torch.Tensor, how: str) -> None:
+        if self.world > 1:
+            with self.heard():
+                operation = getattr(torch.distributed.ReduceOp, how)
+                torch.distributed.all_reduce(values, op=operation, group=self.group)
+
+    def heard(self) -> _Heard:
+        """Within the block this process waits for others, and an error is that one of them is not there."""
+        return _Heard(self.rank)
+
+
+class _Heard:
+    """Waits for others; what then fails is that one of them is not there."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def __enter__(self) -> None:
+        self._waiting = waiting()
+        self._waiting.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        self._waiting.__exit__(kind, error, trace)
+        if isinstance(error, RuntimeError):
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise LostRank(
+                f"rank {self.rank} lost the other processes ({first}): one of them died or hangs. The "
+                "launcher says which; resume=auto goes on from the last checkpoint."
+            ) from error
+
+
+def _told(error: BaseException) -> tuple[str, str, bytes | None]:
+    """An error as what can travel: its kind, its text, and itself if it can be pickled."""
+    try:
+        whole = pickle.dumps(error)
+        pickle.loads(whole)  # noqa: S301 - our own bytes: some errors can be written and not read
+    except Exception:  # noqa: BLE001 - any object may be inside of an error
+        whole = None
+    return type(error).__name__, str(error), whole
+
+
+def _raise_elsewhere(rank: int, problem: tuple[str, str, bytes | None]) -> None:
+    kind, text, whole = problem
+    if whole is not None:
+        error = pickle.loads(whole)  # noqa: S301 - from a process of this run
+        if isinstance(error, ValueError):  # what a user wrote wrong has one exit code everywhere
+            raise error
+    raise ElsewhereFailed(f"rank {rank} failed: {kind}: {text}")
+
+
+@functools.cache
+def _joined(world: int) -> Ranks:
+    """Joins once per process."""
+    from accelerate import PartialState
+
+    minutes = float(os.environ.get("REFLECTVLM_TIMEOUT", PATIENCE_MINUTES))
+    patience = datetime.timedelta(minutes=minutes)
+    cuda = torch.cuda.is_available() and os.environ.get("REFLECTVLM_CPU") != "1"
+    state = PartialState(cpu=not cuda, timeout=patience)
+    assert state.num_processes == world, f"{state.num_processes} processes joined, WORLD_SIZE is {world}"
+    group = torch.distributed.new_group(backend="gloo", timeout=patience)
+    return Ranks(rank=state.process_index, world=world, group=group)
