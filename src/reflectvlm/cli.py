@@ -1,4 +1,4 @@
-"""The command line: `reflectvlm train | doctor | pipeline | generate | inspect | recipes | show`.
+"""The command line: `reflectvlm train | doctor | plan | pipeline | generate | inspect | recipes | show`.
 
 Exit codes: 0 done; 2 what the user wrote is wrong; 1 the run failed; those of a stopped run are in
 `train/signals.py`. Errors are one line on stderr; `REFLECTVLM_TRACEBACK=1` shows where they come from.
@@ -26,6 +26,8 @@ reflectvlm: RL and SFT that teach a vision-language model to look at its image a
   reflectvlm train recipe=lookback_rl steps=20 variant=solution optimizer.lr=2e-4
   reflectvlm train recipe=./mine.yaml               run a recipe of your own
   reflectvlm doctor recipe=lookback_rl              look for what would go wrong in it, without training
+  reflectvlm plan recipe=lookback_rl_7b gpus=8 gpu=80GB
+                                                    memory and seconds of a step, before anything is loaded
   reflectvlm pipeline qwen_la                       a whole chain of recipes, and the table that compares
   reflectvlm generate model=runs/NAME/model image=page.png question="Which digit is upper left?"
   reflectvlm generate model=tiny data=rows.jsonl out=answers.jsonl
@@ -49,6 +51,12 @@ Short names:
   max_minutes=55        save and exit with code 75 before so many minutes are over, stages included
   save_every= eval_every= root= keep=
                         the keys of the same name under output
+
+For plan:
+  gpus= gpu=            how many, and which: memory (80GB) or a name (A100-80GB, H100, H200, L40S, RTX-4090)
+  prompt= answer= visual=
+                        tokens of a usual row; without them every row is as long as the recipe allows
+  --json                the plan as one line of JSON. Exit code 1: it does not fit
 
 For generate:
   model=                tiny, a folder (a run's model/) or a hub name. How it looks at the image again and
@@ -115,6 +123,7 @@ def _dispatch(arguments: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "doctor": _doctor,
+        "plan": _plan,
         "pipeline": _pipeline,
         "generate": _generate,
         "inspect": _inspect,
@@ -180,6 +189,16 @@ def _doctor(rest: list[str]) -> int:
         from reflectvlm.doctor_command import doctor
 
         return doctor(recipe, overrides)
+
+
+def _plan(rest: list[str]) -> int:
+    from reflectvlm.plan_command import Asked, plan
+
+    asked, words = Asked.read(rest)
+    recipe, overrides = _split("plan", words)
+    with _own_log_lines():
+        _quiet_transformers()
+        return plan(recipe, overrides, asked)
 
 
 def _pipeline(rest: list[str]) -> int:
