@@ -1,12 +1,14 @@
-"""One process of a run that several share; started by test_ranks.py.
+"""One process of runs that several share; started by test_ranks.py and test_launch.py.
 
-    python ranks_run.py TRAINER KIND FOLDER [KEY=NUMBER ...]
+    python ranks_run.py FOLDER RUN ...
 
-TRAINER is sft, grpo or brpo (with COPY). Environment as torchrun sets it; without it there is one process.
+RUN is `trainer:kind` with trainer sft, grpo or brpo (with COPY) and kind as in `Compute`, and perhaps
+`:key=value` for settings. Environment as torchrun sets it; without it there is one process.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,18 +18,21 @@ import torch
 from reflectvlm.data.digit_traces import DigitTraces
 from reflectvlm.data.digits import Digits
 from reflectvlm.train.compute import Compute
+from reflectvlm.train.cursor import place_at
 from reflectvlm.train.optim import AdamW
-from reflectvlm.types import Sample
 from training import small_brpo_copy, small_rl, small_sft
 
 MAKERS = {"sft": small_sft, "grpo": small_rl, "brpo": small_brpo_copy}
+OUTPUT = ("save_every", "eval_every", "resume")
 
 
-def settings(which: str, kind: str, **given: int) -> dict[str, Any]:
-    """Four rows a step, of which those of odd positions show no image: with two processes all of one's."""
-    rows = [Digits(size=12)[i] for i in range(12)]
-    if which == "sft":
-        rows = [DigitTraces(data=Digits(size=12))[i] for i in range(12)]
+def trainer(root: Path, which: str, kind: str, **given: Any) -> Any:
+    """A small trainer whose rows at odd positions show no image: with two processes all rows of one."""
+    data: Any = Digits(size=12) if which != "sft" else DigitTraces(data=Digits(size=12))
+    rows = [data[place] for place in range(12)]
+    for position in range(1, 12, 2):
+        at = place_at(12, position, 0)
+        rows[at] = dataclasses.replace(rows[at], images=())
     chosen: dict[str, Any] = {
         "data": rows,
         "compute": Compute(kind=kind),  # type: ignore[arg-type]
@@ -37,29 +42,20 @@ def settings(which: str, kind: str, **given: int) -> dict[str, Any]:
         "micro_tokens": 150,
     }
     chosen |= {"rows_per_step": 4} if which == "sft" else {"prompts_per_step": 4, "updates_per_step": 1}
-    return chosen | given
+    output = {name: given.pop(name) for name in OUTPUT if name in given}
+    return MAKERS[which](root, output=output, **chosen | given)
 
 
-def blind(sample: Sample) -> Sample:
-    return Sample(id=sample.id, question=sample.question, answer=sample.answer, columns=sample.columns)
-
-
-def main(which: str, kind: str, folder: str, *given: str) -> int:
+def main(folder: str, *runs: str) -> int:
     torch.set_num_threads(1)
-    numbers = {name: int(value) for name, value in (one.split("=") for one in given)}
-    output = {name: numbers.pop(name) for name in ("save_every", "eval_every") if name in numbers}
-    output |= {"resume": "auto"} if numbers.pop("resume", 0) else {}
-    blinded = numbers.pop("blind", 0)
-    chosen = settings(which, kind, **numbers)
-    if blinded:
-        from reflectvlm.train.cursor import place_at
-
-        rows = chosen["data"]
-        for position in range(1, len(rows), 2):
-            at = place_at(len(rows), position, 0)
-            rows[at] = blind(rows[at])
-    made = MAKERS[which](Path(folder), output=output, **chosen).run()
-    return made.exit_code
+    for run in runs:
+        which, kind, *settings = run.split(":")
+        pairs = (one.split("=") for one in settings)
+        given = {name: int(value) if value.isdigit() else value for name, value in pairs}
+        code = trainer(Path(folder) / f"{which}-{kind}", which, kind, **given).run().exit_code
+        if code:
+            return int(code)
+    return 0
 
 
 if __name__ == "__main__":

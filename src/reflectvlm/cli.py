@@ -46,6 +46,13 @@ Values, after the recipe:
                         changes it in it and all of those that have it, as does key=value for a pipeline:
                         pipeline qwen_la steps=2 rows=8 held_out.data.size=8 is a first look at one
 
+Several processes (train and pipeline), each with a part of the work; the result is the same:
+  gpus=8                one process per GPU; processes=2 on a machine without one
+  nodes=2 node_rank=0 main_address=node-a main_port=29500
+                        the same command on each machine, with its own node_rank; torchrun, accelerate launch
+                        and deepspeed start `-m reflectvlm train …` without these words
+  compute=zero2         how weights, gradients and moments are shared: single, ddp, zero1, zero2, zero3
+
 Short names:
   resume=auto           go on with the run of this name where it stopped (output.resume)
   max_minutes=55        save and exit with code 75 before so many minutes are over, stages included
@@ -170,6 +177,9 @@ def _show(rest: list[str]) -> int:
 
 
 def _train(rest: list[str]) -> int:
+    started, rest = _started(["train"], rest)
+    if started is not None:
+        return started
     recipe, overrides = _split("train", rest)
     with _own_log_lines():
         _quiet_transformers()
@@ -179,6 +189,17 @@ def _train(rest: list[str]) -> int:
 
         with one_command():
             return load_recipe(recipe, *overrides).run().exit_code
+
+
+def _started(command: list[str], rest: list[str]) -> tuple[int | None, list[str]]:
+    """The exit code of the processes that the words ask for, if they do, and the other words."""
+    from reflectvlm.train.launch import Launch, leave_with_launcher
+
+    launch, rest = Launch.read(rest)
+    if launch is not None:
+        return launch.run([*command, *rest]), rest
+    leave_with_launcher()
+    return None, rest
 
 
 def _doctor(rest: list[str]) -> int:
@@ -204,6 +225,9 @@ def _plan(rest: list[str]) -> int:
 def _pipeline(rest: list[str]) -> int:
     from reflectvlm.recipe_files import pipelines
 
+    started, rest = _started(["pipeline"], rest)
+    if started is not None:
+        return started
     names = [word for word in rest if "=" not in word]
     if len(names) != 1:
         raise RecipeError(
@@ -263,6 +287,8 @@ def _own_log_lines() -> Iterator[None]:
     logger = logging.getLogger("reflectvlm")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Line())
+    if os.environ.get("RANK", "0") != "0":
+        handler.addFilter(_of_this_rank)
     before = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -274,9 +300,18 @@ def _own_log_lines() -> Iterator[None]:
         logger.level, logger.propagate = before
 
 
+def _of_this_rank(record: logging.LogRecord) -> bool:
+    """Of several processes the first one talks; another one says only what concerns its own part."""
+    from reflectvlm.interrupt import works_by_itself
+
+    return record.levelno >= logging.WARNING and works_by_itself()
+
+
 class _Line(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
+        rank = os.environ.get("RANK", "0")
         text = " ".join(record.getMessage().split())
+        text = text if rank == "0" else f"rank {rank}: {text}"
         return text if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {text}"
 
 

@@ -32,6 +32,8 @@ _asked: list[Callable[[], bool]] = []
 """What the innermost block asks; empty where nothing may be given up."""
 _by_itself: list[Callable[[], bool]] = []
 """What each `abandonable` was given."""
+_alone: list[bool] = []
+"""One for each block of `by_itself` that is entered."""
 
 
 def safe_point() -> None:
@@ -60,10 +62,17 @@ def by_itself() -> Iterator[None]:
     """Within the block nobody waits for this process, so its work can be given up."""
     depth = len(_asked)
     _asked.append(_by_itself[-1] if _by_itself else _never)
+    _alone.append(True)
     try:
         yield
     finally:
         del _asked[depth:]
+        _alone.pop()
+
+
+def works_by_itself() -> bool:
+    """Whether what happens now happens in this process only, of several."""
+    return bool(_alone)
 
 
 def committed() -> None:

@@ -6,10 +6,10 @@ only a tile exists at one time.
 
 from __future__ import annotations
 
-from reflectvlm.tiles import CPU_ELEMENTS, CPU_TILE, GPU_ELEMENTS
 from reflectvlm.planning.job import Job
 from reflectvlm.planning.passes import Pass
 from reflectvlm.planning.states import counts
+from reflectvlm.tiles import CPU_ELEMENTS, CPU_TILE, GPU_ELEMENTS
 
 FLOAT = 4
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,9 +22,11 @@ from reflectvlm.rollout.engine import InProcessEngine
 from reflectvlm.train.distill_run import COLUMNS, Distilled, run_distillation
 from reflectvlm.train.feed import Feed, without_answer
 from reflectvlm.train.prefetch import check_workers
+from reflectvlm.train.ranks import Ranks
 from reflectvlm.train.row_rules import RowRules
 from reflectvlm.train.run import Output
 from reflectvlm.train.runtime import Runtime
+from reflectvlm.train.sharing import Placed, shared
 from reflectvlm.types import Instruction, Prompt, Rollout, Sample, SamplingParams, ScoredGroup, Spans
 
 LAYOUT = "format"
@@ -129,10 +131,20 @@ class Distiller:
         if not prompts:
             return []
         seed = int(np.random.SeedSequence([self.seed, batch, 31]).generate_state(1)[0])
-        groups = self.rollout_engine.generate(
-            prompts, self.samples_per_row, self.sampling, self.reattention, seed=seed
-        )
-        return self.rubric.score(groups)
+        mine = self.ranks.mine(len(prompts))
+        drawn: dict[str, Any] = {"seed": seed} if self.ranks.world == 1 else {"seed": seed, "places": mine}
+
+        def answered() -> list[Placed]:
+            groups = self.rollout_engine.generate(
+                [prompts[place] for place in mine],
+                self.samples_per_row,
+                self.sampling,
+                self.reattention,
+                **drawn,
+            )
+            return list(map(Placed, mine, self.rubric.score(groups)))
+
+        return shared(self.ranks, answered)[0]
 
     def good(self, group: ScoredGroup) -> Rollout | None:
         """The best of the answers that are good, the first of equals."""
@@ -172,8 +184,17 @@ class Distiller:
         )
 
     @functools.cached_property
+    def runtime(self) -> Runtime:
+        return Runtime()
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the questions. Every one has the whole model."""
+        return self.runtime.ranks
+
+    @functools.cached_property
     def rollout_engine(self) -> RolloutEngine:
-        self.policy.module.to(Runtime().device)
+        self.policy.module.to(self.runtime.device)
         return self.engine(policy=self.policy)
 
 

@@ -13,6 +13,7 @@ images that were files before: rows hold decoded images, which no longer say whe
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from reflectvlm.data.fingerprint import fingerprint
 from reflectvlm.interrupt import Abandoned, abandonable, committed
+from reflectvlm.protocols import Tracker
 from reflectvlm.rollout.placing import answer_spans, place_insertions, recorded
 from reflectvlm.train.checks import check_start
 from reflectvlm.train.checks_signal import NothingKept
@@ -32,7 +34,7 @@ from reflectvlm.train.evaluate import summarize
 from reflectvlm.train.row_rules import Counts
 from reflectvlm.train.run import Metrics
 from reflectvlm.train.run_folder import RunFolder
-from reflectvlm.train.signals import StopRequest
+from reflectvlm.train.signals import StopRequest, agreed
 from reflectvlm.train.table import Table
 from reflectvlm.train.trackers import JsonLines, Trackers
 from reflectvlm.types import Prompt, Sample, ScoredGroup, Spans
@@ -98,10 +100,8 @@ def run_distillation(distiller: Distiller) -> Distilled:
     """Asks all rows, or goes on where an earlier run stopped."""
     output = distiller.output
     name = "-".join(part for part in (distiller.name, distiller.variant) if part)
-    with (
-        RunFolder.open(name, output, "batches.jsonl") as folder,
-        StopRequest(output.max_minutes) as stop,
-    ):
+    opened = distiller.ranks.from_first(lambda: RunFolder.open(name, output, "batches.jsonl"))
+    with opened as folder, StopRequest(output.max_minutes) as stop:
         return _Run(distiller, folder, stop).run()
 
 
@@ -110,11 +110,15 @@ class _Run:
 
     def __init__(self, distiller: Distiller, folder: RunFolder, stop: StopRequest) -> None:
         self.distiller, self.folder, self.stop = distiller, folder, stop
+        self.ranks = distiller.ranks
         self.rows, self.progress = folder.path / ROWS, folder.path / "batches.jsonl"
         self.images = folder.path / "images"
         output = distiller.output
-        self.console = Console(folder.path.name, distiller.batches, every=output.print_every)
-        self.trackers = Trackers((self.console, JsonLines(folder.path), *output.trackers))
+        # The first process alone talks and writes.
+        silent = None if self.ranks.first else io.StringIO()
+        self.console = Console(folder.path.name, distiller.batches, every=output.print_every, file=silent)
+        listeners: tuple[Tracker, ...] = (self.console, JsonLines(folder.path), *output.trackers)
+        self.trackers = Trackers(listeners if self.ranks.first else ())
         self.done, self.tally = 0, Tally()
         self.nothing_kept = NothingKept()
         self.data = fingerprint(distiller.data)
@@ -130,14 +134,17 @@ class _Run:
         try:
             if not self.done:
                 self._check_start()
-            while self.done < self.distiller.batches and not self.stop.requested:
-                with abandonable(lambda: self.stop.requested):
+            while self.done < self.distiller.batches and not self._stop_asked():
+                with abandonable(lambda: self.stop.requested, alone=self.ranks.world == 1):
                     self._batch()
         except Abandoned:
-            pass  # a batch that was not finished has left nothing behind
+            self._stop_asked()  # a batch that was not finished has left nothing behind
         finally:
             self.trackers.close()
         return self._stopped() if self.done < self.distiller.batches else self._end()
+
+    def _stop_asked(self) -> bool:
+        return agreed(self.ranks, self.stop)
 
     def _check_start(self) -> None:
         if self.distiller.output.checks:
@@ -185,7 +192,7 @@ class _Run:
             "id": sample.id,
             "question": sample.question,
             "answer": sample.answer,
-            "images": [self._image(image) for image in sample.images],
+            "images": [self._image(image) for image in sample.images] if self.ranks.first else [],
             self.distiller.target: text,
             "source": source,
         }
@@ -209,6 +216,9 @@ class _Run:
     def _append(self, lines: Sequence[Mapping[str, Any]], tally: Tally) -> None:
         """Images first, then the rows that name them, then the line that says they are whole."""
         committed()
+        if not self.ranks.first:
+            self.done, self.tally = self.done + 1, self.tally.plus(tally)
+            return
         for folder in (self.images, self.folder.path):
             _flush_folder(folder)
         _write(self.rows, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -220,6 +230,20 @@ class _Run:
         _write(self.progress, json.dumps(entry) + "\n")
 
     def _restore(self) -> None:
+        entries = self.ranks.from_first(self._whole_batches)
+        self.done = len(entries)
+        for entry in entries:
+            self.tally = self.tally.plus(Tally(**{name: entry[name] for name in Tally._fields}))
+        self.trackers.truncate_after(self.done)
+        # What the rules for rows count is in the tally already.
+        tried, left_out = self.tally.asked + self.tally.left_out, self.tally.left_out
+        self.distiller.feed.counts = Counts(tried=tried, unreadable=left_out)
+        if entries:
+            # A resumed run has what is left of its budget of failures, and no new one.
+            self.distiller.rubric.load_state(entries[-1]["rubric"])
+            log.info("resumed %s at batch %d of %d", self.folder.path, self.done, self.distiller.batches)
+
+    def _whole_batches(self) -> list[dict[str, Any]]:
         """Goes back to the last batch whose rows are all there; whatever follows is dropped."""
         size = self.rows.stat().st_size if self.rows.is_file() else 0
         entries = [entry for entry in _whole_lines(self.progress) if entry["bytes"] <= size]
@@ -234,17 +258,7 @@ class _Run:
             path.touch()
         os.truncate(self.rows, entries[-1]["bytes"] if entries else 0)
         os.truncate(self.progress, len(text.encode()))
-        self.done = len(entries)
-        for entry in entries:
-            self.tally = self.tally.plus(Tally(**{name: entry[name] for name in Tally._fields}))
-        self.trackers.truncate_after(self.done)
-        # What the rules for rows count is in the tally already.
-        tried, left_out = self.tally.asked + self.tally.left_out, self.tally.left_out
-        self.distiller.feed.counts = Counts(tried=tried, unreadable=left_out)
-        if entries:
-            # A resumed run has what is left of its budget of failures, and no new one.
-            self.distiller.rubric.load_state(entries[-1]["rubric"])
-            log.info("resumed %s at batch %d of %d", self.folder.path, self.done, self.distiller.batches)
+        return entries
 
     # -- ends -----------------------------------------------------------------------------------
 
@@ -269,8 +283,10 @@ class _Run:
         for name, value in tally._asdict().items():
             share = f"{100 * value / tally.asked:.1f}%" if tally.asked and name != "left_out" else "–"
             table.add(name.replace("_", " "), f"{value:,}", share)
-        self.folder.write_summary({**tally._asdict(), "rows": made}, table.markdown)
-        table.show()
+        if self.ranks.first:
+            self.folder.write_summary({**tally._asdict(), "rows": made}, table.markdown)
+            table.show()
+        self.ranks.barrier()
         self.console.say(f"rows and images are in {self.folder.path}")
         return self._result(finished=True)
 

@@ -37,7 +37,7 @@ from reflectvlm.train.plots import curves
 from reflectvlm.train.run import Metrics, RunResult, StepResult, Trainable
 from reflectvlm.train.run_folder import RunFolder
 from reflectvlm.train.saver import Saver
-from reflectvlm.train.signals import StopRequest
+from reflectvlm.train.signals import StopRequest, agreed
 from reflectvlm.train.trackers import JsonLines, TensorBoard, Trackers
 from reflectvlm.train.update import NonFinite
 from reflectvlm.train.what_trains import what_trains
@@ -133,11 +133,7 @@ class _Loop:
 
     def _stop_asked(self) -> bool:
         """Whether some process was asked to stop; then all know why."""
-        told = self.ranks.gather((self.stop.reason, self.stop.exit_code) if self.stop.requested else None)
-        asked = [one for one in told if one is not None]
-        if asked and not self.stop.requested:
-            self.stop.reason, self.stop.exit_code = asked[0]
-        return bool(asked)
+        return agreed(self.ranks, self.stop)
 
     def _introduce(self) -> None:
         """What trains, on which rows, and what is other than when the run began."""

@@ -29,8 +29,14 @@ PATIENCE_MINUTES = 60.0
 """How long a process waits for the others before it ends with an error. `REFLECTVLM_TIMEOUT` changes it."""
 
 
+LOST = 69
+"""Exit code of a process that others have left alone (EX_UNAVAILABLE)."""
+
+
 class LostRank(RuntimeError):
     """Another process has died or does not answer."""
+
+    exit_code = LOST
 
 
 class ElsewhereFailed(RuntimeError):
@@ -52,6 +58,8 @@ class Ranks:
     @classmethod
     def joined(cls) -> Ranks:
         """The processes that were started together with this one."""
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is, tells of its search
         world = int(os.environ.get("WORLD_SIZE", "1"))
         return cls() if world == 1 else _joined(world)
 

@@ -7,8 +7,8 @@
 | SIGTERM (a preempted job) | 143 |
 | `max_minutes` | 75, EX_TEMPFAIL: try again |
 
-A second signal stops at once, without saving; a third does not even clean up. Left out: agreement
-between ranks, which the runtime reaches by gathering `requested`.
+A second signal stops at once, without saving; a third does not even clean up. Several processes stop
+together, for the reason of whichever was asked (`agreed`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Any
+
+from reflectvlm.train.ranks import Ranks
 
 OUT_OF_TIME = 75
 """Exit code of a run that `max_minutes` stopped."""
@@ -109,3 +111,12 @@ class StopRequest:
         # Not `print` or `logging`: the signal may have come in the middle of one of them.
         with contextlib.suppress(OSError):
             os.write(2, f"\n{self.reason}: stopping and saving. Again: stop at once, unsaved.\n".encode())
+
+
+def agreed(ranks: Ranks, stop: StopRequest) -> bool:
+    """Whether some process was asked to stop; then all know why."""
+    told = ranks.gather((stop.reason, stop.exit_code) if stop.requested else None)
+    asked = [one for one in told if one is not None]
+    if asked and not stop.requested:
+        stop.reason, stop.exit_code = asked[0]
+    return bool(asked)
