@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from fixtures import make_policy, make_prompt, score_batch
 from reflectvlm import ops
 from reflectvlm.batch import LossInputs
 from reflectvlm.integrations.vllm_engine import VLLMEngine
+from reflectvlm.integrations.vllm_requests import Completion, Request
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.objectives import KL, ClippedSurrogate, CrossEntropy, dapo, grpo
 from reflectvlm.reattention import VisualCopy
@@ -170,25 +173,28 @@ def test_rows_of_a_batch_keep_their_engines_logprobs() -> None:
     policy = make_policy()
     answers = [(Text(ids=(40, 41, 42)[:n], trained=True),) for n in (3, 1, 2)]
     batch = policy.batch([(make_prompt(policy, seed), answer) for seed, answer in enumerate(answers)])
-    marked = dataclasses.replace(batch, engine_logprobs=-batch.ids.float())
+    own = torch.rand(batch.ids.shape)
+    marked = dataclasses.replace(batch, engine_logprobs=own)
     piece = marked.rows(torch.tensor([2, 1]))
     assert piece.engine_logprobs is not None
-    assert torch.equal(piece.engine_logprobs, -piece.ids.float())
+    assert torch.equal(piece.engine_logprobs, own[[2, 1], : piece.ids.shape[1]])
     assert batch.rows(torch.tensor([0])).engine_logprobs is None
 
 
 # -- in the trainer -------------------------------------------------------------------------------
 
 
-def vllm_rl(root: Path, off_by: float = 0.0, **changes: Any) -> tuple[RLTrainer, PolicyBackend]:
+def vllm_rl(
+    root: Path, off_by: float = 0.0, make: type[PolicyBackend] = PolicyBackend, **changes: Any
+) -> tuple[RLTrainer, PolicyBackend]:
     """A small trainer with COPY whose engine's log-probs are off."""
     policy: QwenVL = reflecting_tiny()
-    backend = PolicyBackend(policy=policy, off_by=off_by)
+    backend = make(policy=policy, off_by=off_by)
 
     def engine(policy: QwenVL) -> VLLMEngine:
         return VLLMEngine(policy=policy, backend=backend)
 
-    settings = {"updates_per_step": 1, "epochs_per_step": 1, "reattention": VisualCopy(limit=1), "steps": 2}
+    settings = {"updates_per_step": 1, "epochs_per_step": 1, "reattention": VisualCopy(limit=1), "steps": 3}
     return small_rl(root, policy=policy, engine=engine, **settings | changes), backend
 
 
@@ -226,18 +232,39 @@ def test_an_engine_that_agrees_changes_nothing(tmp_path: Path) -> None:
         assert metrics[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
 
 
+@dataclass(kw_only=True, eq=False)
+class Remembering(PolicyBackend):
+    """Knows which weights it was sent."""
+
+    sent: Tensor | None = None
+
+    def load_weights(self) -> None:
+        super().load_weights()
+        self.sent = self._now()
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        assert self.sent is not None
+        assert torch.equal(self.sent, self._now()), "these are not the weights that were sent"
+        return super().generate(requests)
+
+    def _now(self) -> Tensor:
+        return self.policy.model.get_output_embeddings().weight.detach().clone()
+
+
 def test_weights_go_to_the_engine_once_a_version(tmp_path: Path) -> None:
-    """Bug: rollouts of a step before, or weights sent once more for an evaluation of the same ones."""
-    trainer, backend = vllm_rl(tmp_path)
+    """Bug: rollouts or evaluations of a step before; or weights sent again although nothing has changed."""
+    trainer, backend = vllm_rl(tmp_path, make=Remembering)
     trainer.prepare()
     assert trainer.evaluation is not None
-    trainer.step(0)
-    assert backend.calls.count("load") == 1
-    for _ in range(2):
-        trainer.evaluate(trainer.evaluation)
-    trainer.step(1)
-    assert trainer.updates == 2
-    assert backend.calls.count("load") == 2
+    loads = []
+    for work in (0, None, None, 1, 2, None):  # steps, and evaluations after them
+        if work is None:
+            trainer.evaluate(trainer.evaluation)
+        else:
+            trainer.step(work)
+            assert trainer.updates == work + 1
+        loads.append(backend.calls.count("load"))
+    assert loads == [1, 2, 2, 2, 3, 4]
     assert backend.calls[:4] == ["load", "wake", "reset all", "generate"]
 
 
