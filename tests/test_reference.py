@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapting import ALL, IDS, TAGS, adapters_of, bits, disturb, lora_tiny, random_lora, same
+from adapting import ALL, FIRST, IDS, TAGS, adapters_of, bits, disturb, lora_tiny, random_lora, same
 from reflectvlm.models.adapters import change_nothing, switched_off
 from reflectvlm.models.lora import LoRA
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.models.reference import AdaptersOff, make_reference
 from reflectvlm.train.rl import ReferenceSync
 from reflectvlm.train.update import Scorer, score_without_grad
-from reflectvlm.types import SamplingParams
+from reflectvlm.types import SamplingParams, Text
 from test_lora import rows
 from training import small_rl
 
@@ -25,7 +25,11 @@ pytest.importorskip("peft", reason="adapters come with the extra lora")
 
 
 def logprobs(reference: Scorer, policy: QwenVL, micro_tokens: int = 4096) -> Tensor:
-    return score_without_grad(reference, policy.batch(rows(policy)), micro_tokens, 1.0)
+    """Of answers that hold new tags, where the policy has any."""
+    sequences = rows(policy)
+    if len(policy.tokenizer) > FIRST:
+        sequences.append((sequences[0][0], (Text(ids=(FIRST, 100, FIRST + 1), trained=True),)))
+    return score_without_grad(reference, policy.batch(sequences), micro_tokens, 1.0)
 
 
 def fresh(dora: bool = False) -> QwenVL:
