@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from reflectvlm.interrupt import committed
+from reflectvlm.models.adapters import adapter_layers
+from reflectvlm.models.freezing import trained_rows
 from reflectvlm.train.compute import Compute
 from reflectvlm.train.ranks import Ranks
 
@@ -38,6 +40,11 @@ def sharded(
     max_grad_norm: float,
 ) -> Zero:
     """The model and its optimiser, in shares. The model object stays the same."""
+    if compute.stage == 3 and any(hasattr(one, "quant_state") for one in module.parameters()):
+        raise ValueError(
+            "compute is zero3, and the policy's base is quantised (policy.quantize): its weights cannot be "
+            "shared. Take compute=zero2 or ddp, where only adapters are trained anyway."
+        )
     order = [[*group["params"]] for group in optimizer.param_groups]
     dtypes = {parameter.dtype for group in order for parameter in group}
     half = dtypes == {torch.bfloat16}
@@ -113,15 +120,18 @@ class Zero:
                 states[number] = {"step": self._steps()} | {
                     name: self._kept(value, parameter) for name, value in moments.items()
                 }
-        groups = self._groups()
         with self._all_there(frozen_only=True):
             module = {
-                name: masters.get(id(kept), kept.detach().cpu() if self.ranks.first else kept.new_empty(0))
+                name: masters[id(kept)] if id(kept) in masters else kept.detach().cpu()
                 for name, kept in self._named().items()
+                if self.ranks.first
             }
         if not self.ranks.first:
-            return {}, {}
-        return module, {"state": states, "param_groups": groups}
+            return {}, {"state": {}, "param_groups": []}
+        if adapter_layers(self.module):
+            named = self._named()
+            module = {name: _of_rows(value, trained_rows(named[name])) for name, value in module.items()}
+        return module, {"state": states, "param_groups": self._groups()}
 
     def load(self, module: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
@@ -131,11 +141,10 @@ class Zero:
         named = self._named()
         names = {id(kept): name for name, kept in named.items()}
         for number, parameter in enumerate(known.values()):
-            value = module[names[id(parameter)]].to(self.engine.device)
-            safe_set_full_fp32_param(parameter, value)
-            if self.stage < 3:
-                with torch.no_grad():
-                    parameter.copy_(value)
+            value = self._completed(parameter, module[names[id(parameter)]])
+            safe_set_full_fp32_param(parameter, value)  # the one that is stepped; and the one that is used:
+            with self._one_there(parameter), torch.no_grad():
+                parameter.copy_(value)
             for name in _MOMENTS:
                 kept = optimizer["state"].get(number)
                 if kept is not None:
@@ -157,14 +166,44 @@ class Zero:
                     kept.copy_(module[name])
 
     def _named(self) -> dict[str, Tensor]:
-        """Parameters and kept buffers by the names of a state dict, tied ones under each of theirs."""
+        """What a checkpoint holds (`adapters.stored`), by the names of a state dict: tied parameters under each
+        of theirs."""
         found = self.module.state_dict(keep_vars=True)
-        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        kept = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        if not adapter_layers(self.module):
+            return kept
+        return {
+            name: value
+            for name, value in self.module.named_parameters()
+            if "lora_" in name or value.requires_grad
+        }
+
+    def _completed(self, parameter: nn.Parameter, stored: Tensor) -> Tensor:
+        """The whole parameter of which a checkpoint may hold only the rows that train."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        device = self.engine.device
+        rows = trained_rows(parameter) if adapter_layers(self.module) else None
+        if rows is None:
+            return stored.to(device)
+        whole: Tensor = safe_get_full_fp32_param(parameter).detach().clone()
+        whole = whole.view(getattr(parameter, "ds_shape", parameter.shape))
+        whole[list(rows)] = stored.to(device, whole.dtype)
+        return whole
 
     def _kept(self, value: Tensor | None, parameter: nn.Parameter) -> Tensor:
         assert value is not None, "DeepSpeed has no share of a parameter that trains"
         shape = getattr(parameter, "ds_shape", parameter.shape)
         return value.detach().cpu().view(shape) if self.ranks.first else value.new_empty(0)
+
+    def _one_there(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
+        """Within the block a parameter is whole; what the first process writes is kept."""
+        if self.stage < 3:
+            return contextlib.nullcontext()
+        from deepspeed.runtime.zero import GatheredParameters
+
+        there: contextlib.AbstractContextManager[Any] = GatheredParameters([parameter], modifier_rank=0)
+        return there
 
     @contextlib.contextmanager
     def _all_there(self, *, frozen_only: bool = False) -> Iterator[None]:
@@ -214,6 +253,10 @@ class Zero:
             groups.append(kept | {"params": list(range(number, number + len(parameters)))})
             number += len(parameters)
         return groups
+
+
+def _of_rows(value: Tensor, rows: Sequence[int] | None) -> Tensor:
+    return value if rows is None else value[list(rows)]
 
 
 def through(engine: Any, function: Callable[[], T]) -> T:
