@@ -253,7 +253,7 @@ class _Group:
                 if rank.process.poll() is None:
                     rank.process.send_signal(number)
 
-        before: dict[int, Any] = {}
+        before: dict[signal.Signals, Any] = {}
         for asked in _SIGNALS:
             if signal.getsignal(asked) is not signal.SIG_IGN:  # nohup, a job in the background
                 before[asked] = signal.signal(asked, handle)

@@ -166,8 +166,8 @@ class Zero:
                     kept.copy_(module[name])
 
     def _named(self) -> dict[str, Tensor]:
-        """What a checkpoint holds (`adapters.stored`), by the names of a state dict: tied parameters under each
-        of theirs."""
+        """What a checkpoint holds (`adapters.stored`), by the names of a state dict: tied parameters under
+        each of theirs."""
         found = self.module.state_dict(keep_vars=True)
         kept = {name: value for name, value in found.items() if isinstance(value, Tensor)}
         if not adapter_layers(self.module):
