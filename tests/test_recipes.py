@@ -79,7 +79,8 @@ def test_every_recipe_builds_and_takes_a_step(name: str, tiny: Path, tmp_path: P
     "policy",
     [
         "tiny", "tiny_random", "tiny_qwen_la", "tiny_qwen_la_sft", "qwen2_5_vl_3b", "qwen2_5_vl_7b",
-        "qwen2_5_vl_7b_qwen_la", "qwen2_5_vl_7b_qwen_la_sft", "qwen3_vl_8b",
+        "qwen2_5_vl_7b_qwen_la", "qwen2_5_vl_7b_qwen_la_sft", "qwen3_vl_8b", "tiny_lora",
+        "qwen2_5_vl_7b_lora", "qwen2_5_vl_7b_qlora",
     ],
 )  # fmt: skip
 def test_every_policy_fits_every_recipe(name: str, policy: str) -> None:

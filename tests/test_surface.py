@@ -62,7 +62,7 @@ NAMES = [
 
 PACKAGES = {
     "data": "Columns Curriculum Dataset DigitTraces Digits ImageLimits Shapes dataset instruction",
-    "models": "FeatureCache QwenVL load_policy",
+    "models": "FeatureCache LoRA QwenVL load_policy",
     "rollout": "InProcessEngine StopGroup",
     "train": "AdamW Distiller DynamicSampling Evaluation Output PartialRollouts RLTrainer RunResult "
     "SFTTrainer",
@@ -92,8 +92,8 @@ RECIPES = [
 ]
 
 CHOICES = {
-    "policy": "qwen2_5_vl_3b qwen2_5_vl_7b qwen2_5_vl_7b_qwen_la qwen2_5_vl_7b_qwen_la_sft qwen3_vl_8b "
-    "tiny tiny_qwen_la tiny_qwen_la_sft tiny_random",
+    "policy": "qwen2_5_vl_3b qwen2_5_vl_7b qwen2_5_vl_7b_lora qwen2_5_vl_7b_qlora qwen2_5_vl_7b_qwen_la "
+    "qwen2_5_vl_7b_qwen_la_sft qwen3_vl_8b tiny tiny_lora tiny_qwen_la tiny_qwen_la_sft tiny_random",
     "data": "digit_traces digits digits_to_read messages qwen_la_questions qwen_la_traces rows shapes",
     "compute": "ddp single zero1 zero2 zero3",
 }

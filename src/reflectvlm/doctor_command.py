@@ -22,6 +22,7 @@ from reflectvlm import stages
 from reflectvlm.building import SOURCES, Runnable, completed, draft_of, record
 from reflectvlm.chain import _NODES, Chain, Source, _sources
 from reflectvlm.config import STAGES, Composed, compose, short_name
+from reflectvlm.models.adapters import adapter_layers, stored
 from reflectvlm.train.checks import lines, run_checks, summary
 from reflectvlm.train.checks_result import Result
 
@@ -80,11 +81,15 @@ def disk(trainer: Runnable) -> Result:
 
 
 def _checkpoint(trainer: Runnable) -> int:
-    """Bytes of the weights and of AdamW's two moments of those that train; 0 for a run without."""
+    """Bytes of a checkpoint's weights and of AdamW's two moments of those that train; 0 for a run without."""
     if not hasattr(trainer, "optimizer"):
         return 0
-    parameters = list(trainer.policy.module.parameters())
-    return sum(one.numel() * one.element_size() * (3 if one.requires_grad else 1) for one in parameters)
+    module = trainer.policy.module
+    parameters = list(module.parameters())
+    moments = sum(2 * one.numel() * one.element_size() for one in parameters if one.requires_grad)
+    # A tied matrix stands twice in what is stored and once in memory.
+    kept = stored(module).values() if adapter_layers(module) else parameters
+    return moments + sum(one.numel() * one.element_size() for one in kept)
 
 
 def _size(number: float) -> str:

@@ -155,7 +155,7 @@ class ClippedSurrogate:
             }
             peaks["mismatch_max"] = _largest(mismatch.masked_fill(~inputs.mask, 0.0))
         if self.kl is not None:
-            token_loss = token_loss + self.kl(inputs.logprobs, _reference(inputs))
+            token_loss = token_loss + self.kl(inputs)
         return LossOutputs(loss=self._reduced(token_loss, inputs), metrics=metrics, peaks=peaks)
 
     def _used_ratios(self, inputs: LossInputs, ratios: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:

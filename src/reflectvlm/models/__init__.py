@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reflectvlm.models.feature_cache import FeatureCache
+    from reflectvlm.models.lora import LoRA
     from reflectvlm.models.qwen_vl import QwenVL, load_policy
 
 _HOME = {
     "FeatureCache": "reflectvlm.models.feature_cache",
+    "LoRA": "reflectvlm.models.lora",
     "QwenVL": "reflectvlm.models.qwen_vl",
     "load_policy": "reflectvlm.models.qwen_vl",
 }
 
 __all__ = [
     "FeatureCache",
+    "LoRA",
     "QwenVL",
     "load_policy",
 ]

@@ -21,7 +21,7 @@ def called_as(
         return function(inputs, layer.weight, *others, **settings)
 
     # An attribute of the object hides the class's method for this one call.
-    layer.forward = forward  # type: ignore[method-assign]
+    layer.forward = forward  # type: ignore[method-assign, assignment]
     try:
         return layer(inputs)
     finally:

@@ -312,7 +312,7 @@ def _norm(module: Any) -> Callable[[Tensor], Tensor]:
     weight, eps, width = module.weight, module.variance_epsilon, (len(module.weight),)
 
     def norm(x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
+        if x.dtype == weight.dtype == torch.float32:
             return F.rms_norm(x, width, weight, eps)
         return weight * F.rms_norm(x.float(), width, None, eps).to(x.dtype)
 

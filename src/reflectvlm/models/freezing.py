@@ -5,7 +5,7 @@ Nothing is wrapped, so the model saves as ever: a hook empties the gradient of a
 `AdamW.build` puts such a parameter into a group without weight decay. What it costs: gradient and
 moments are still held for the whole matrix.
 
-LoRA: `peft.get_peft_model` freezes everything it finds, so call `train_only_rows` after it.
+LoRA (`lora.py`) and `peft.get_peft_model` freeze everything they find, so `train_only_rows` comes after them.
 DeepSpeed: give it the optimiser that `AdamW.build` made; one made from its own configuration decays
 every row.
 """
@@ -15,10 +15,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from reflectvlm.models.families import PROJECTORS
 from reflectvlm.models.new_tags import matrices
+from reflectvlm.models.quantized import count
 
 Part = Literal["vision", "projector", "language"]
 Embeddings = Literal["all", "new_tags"]
@@ -76,6 +78,13 @@ def train_only_rows(model: Any, rows: Sequence[int]) -> None:
         setattr(weight, _ROWS, tuple(sorted({*rows})))
 
 
+def widen_trained_rows(model: Any) -> None:
+    """Matrices of which rows train, in float32: small steps would be lost in a coarser base."""
+    for weight in matrices(model):
+        if trained_rows(weight) is not None and weight.dtype in (torch.bfloat16, torch.float16):
+            weight.data = weight.data.float()
+
+
 def trained_rows(parameter: Tensor) -> tuple[int, ...] | None:
     """The rows that train, or None if all of them do."""
     rows: tuple[int, ...] | None = getattr(parameter, _ROWS, None)
@@ -86,14 +95,14 @@ def trainable_table(model: Any) -> list[tuple[str, int, int]]:
     """(part, parameters, parameters that train), for the start of a run."""
     counts = {part: [0, 0] for part in get_args(Part)}
     for name, parameter in model.named_parameters():
-        count = counts[part_of(name)]
-        count[0] += parameter.numel()
-        count[1] += _trains(parameter)
+        of_part = counts[part_of(name)]
+        of_part[0] += count(parameter)
+        of_part[1] += numbers_that_train(parameter)
     return [(part, total, trains) for part, (total, trains) in counts.items()]
 
 
-def _trains(parameter: Tensor) -> int:
-    """How many of its numbers train."""
+def numbers_that_train(parameter: Tensor) -> int:
+    """How many of a parameter's numbers train."""
     if not parameter.requires_grad:
         return 0
     rows = trained_rows(parameter)

@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 import torch
 
-from reflectvlm.models.families import family_of
 from reflectvlm.models.attention_choice import Attention
+from reflectvlm.models.families import family_of
 from reflectvlm.models.products import checkpoint_contexts
+from reflectvlm.models.quantized import Quantize, quantization_settings, ready_for_training
 from reflectvlm.models.trust import no_safetensors, refuse_code
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -58,15 +59,26 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
     return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
-def load_model(path: str, *, dtype: Dtype, attention: Attention, trust_remote_code: bool = False) -> Any:
-    """The stock model class for the folder's configuration, in training dtype, without dropout."""
+def load_model(
+    path: str,
+    *,
+    dtype: Dtype,
+    attention: Attention,
+    quantize: Quantize | None = None,
+    compute: Dtype | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The stock model class for the folder's configuration, in training dtype, without dropout. `quantize`
+    stores the language model's layers in fewer bits; their products are in `compute`, else in `dtype`."""
     from transformers import AutoModelForImageTextToText
 
     source, config = find_model(path), load_config(path, trust_remote_code=trust_remote_code)
     family_of(config.model_type, path)
     # flash-attn is for the vision tower alone, and for the device that the model will be on.
     named = {"eager": "eager", "sdpa": "sdpa", "flash_attention_2": "sdpa"}
-    chosen = {"attn_implementation": named[attention]} if attention in named else {}
+    chosen: dict[str, Any] = {"attn_implementation": named[attention]} if attention in named else {}
+    if quantize is not None:
+        chosen["quantization_config"] = quantization_settings(quantize, getattr(torch, compute or dtype))
     # Else transformers asks a service of the hub to convert, and loads what that proposes.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     try:
@@ -82,7 +94,7 @@ def load_model(path: str, *, dtype: Dtype, attention: Attention, trust_remote_co
             raise
         raise no_safetensors(path, source) from error
     logging.getLogger("reflectvlm").debug("loaded %s from %s", type(model).__name__, source)
-    return model.eval()
+    return ready_for_training(model.eval(), getattr(torch, compute or dtype))
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:

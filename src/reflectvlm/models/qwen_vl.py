@@ -12,6 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -31,9 +32,10 @@ from reflectvlm.models.attention_choice import (
 )
 from reflectvlm.models.called_as import called_as
 from reflectvlm.models.chat import chat_spans
+from reflectvlm.models.export import merged, save_adapter
 from reflectvlm.models.families import Embedded, Family, family_of, with_features
 from reflectvlm.models.feature_cache import FeatureCache, check_frozen, vision_of
-from reflectvlm.models.freezing import Embeddings, Part, check_embeddings, freeze, train_only_rows
+from reflectvlm.models.freezing import Embeddings, Part, check_embeddings
 from reflectvlm.models.loading import (
     Dtype,
     enable_checkpointing,
@@ -41,10 +43,12 @@ from reflectvlm.models.loading import (
     load_model,
     load_tokenizer,
 )
+from reflectvlm.models.lora import LoRA, check_lora, choose_what_trains
 from reflectvlm.models.new_tags import add_tags
 from reflectvlm.models.offsets import token_offsets
 from reflectvlm.models.prefix import pack
 from reflectvlm.models.products import fast_products
+from reflectvlm.models.quantized import Quantize
 from reflectvlm.models.tree import Line, line_up
 from reflectvlm.models.tree_attention import Kind, Tree, prefix_tree
 from reflectvlm.models.tree_choice import PrefixAttention, check_prefix_attention, choose, heads_of
@@ -65,6 +69,8 @@ def load_policy(
     freeze_parts: Sequence[Part] = (),
     new_tags: Sequence[str] = (),
     embeddings: Embeddings = "all",
+    lora: LoRA | None = None,
+    quantize: Quantize | None = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     gradient_checkpointing: bool = False,
@@ -85,17 +91,26 @@ def load_policy(
     `prefix_attention` how answers that share a prompt attend (`tree_choice.py`): auto, dense, split, varlen
     or flex. `chunk` is how many tokens' logits exist at once. `feature_cache`
     keeps the features of every image for the whole run, for which vision and projector must be frozen.
+    `lora` freezes the model and trains adapters in it, and the rows of `new_tags` where there are any
+    (`lora.py`); the weights may then be bfloat16. `quantize` stores the language model's layers in 4 or
+    8 bits: for adapters, or for answering (`quantized.py`).
     """
     check_embeddings(embeddings, new_tags)
     check_prefix_attention(prefix_attention, attention)
     products = getattr(torch, compute or dtype)
     check_attention(attention, products, torch.cuda.is_available(), flash_attn_missing)
-    model = load_model(path, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
+    check_lora(lora, dtype, compute, new_tags)
+    model = load_model(
+        path,
+        dtype=dtype,
+        attention=attention,
+        quantize=quantize,
+        compute=compute,
+        trust_remote_code=trust_remote_code,
+    )
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     tags = add_tags(model, tokenizer, new_tags)
-    freeze(model, freeze_parts)
-    if embeddings == "new_tags":
-        train_only_rows(model, tags)
+    choose_what_trains(model, tags, freeze_parts=freeze_parts, embeddings=embeddings, lora=lora)
     if gradient_checkpointing:
         enable_checkpointing(model)
     return QwenVL(
@@ -411,8 +426,11 @@ class QwenVL:
         return token_offsets(self.tokenizer.convert_ids_to_tokens(list(ids)))
 
     def save(self, folder: Any) -> None:
-        """A folder that stock `from_pretrained` loads: weights, tokenizer, image processor."""
-        self.model.save_pretrained(folder)
+        """A folder that stock `from_pretrained` loads: weights, tokenizer, image processor. Adapters are
+        merged into the weights, and stand by themselves in `adapter/`."""
+        with merged(self.model) as whole:
+            whole.save_pretrained(folder)
+        save_adapter(self.model, Path(folder) / "adapter", self.source)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
 

@@ -20,7 +20,7 @@ MayChange: TypeAlias = Callable[[str], bool]
 """Whether a run may go on with another value of this key."""
 
 _MAY_CHANGE = re.compile(
-    r"""steps | optimizer\.(?!_target_).+ | micro_tokens | engine\.(max_rows|decode)
+    r"""steps | optimizer\.(?!_target_|bits).+ | micro_tokens | engine\.(max_rows|decode)
     | sampling\.(?!_target_).+
     | group_size | prompts_per_step | rows_per_step | updates_per_step | epochs_per_step
     | max_prompt_tokens | max_tokens | row_rules\..+ | drop_truncated | keep_equal_groups

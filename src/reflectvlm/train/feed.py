@@ -123,8 +123,8 @@ class Feed:
             while len(used) < count:
                 window = range(position, position + count - len(used))
                 before, found = self.counts, len(used)
-                for ids, counts in self.ranks.together(lambda window=window: self._window(window, own)):
-                    used |= ids
+                for found_ids, counts in self.ranks.together(functools.partial(self._window, window, own)):
+                    used |= found_ids
                     before = before.plus(counts)
                 self.counts = before
                 in_vain = 0 if len(used) > found else in_vain + len(window)

@@ -1,6 +1,7 @@
 """What a checkpoint of a run holds, and whether it fits the run that takes it up.
 
-    tensors   model, optimizer, rng, and what the trainer adds (a reference that moves)
+    tensors   model (with adapters only what trains), optimizer, rng, and what the trainer adds (a reference
+              that moves)
     state     the trainer's numbers, the loop's own, and `about`: what all of it belongs to
 
 Left out: the recipe, which the run folder compares setting by setting (`changes.py`).
@@ -20,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from reflectvlm.data.fingerprint import fingerprint
+from reflectvlm.models.adapters import about_adapters
 from reflectvlm.stages import named_files
 from reflectvlm.train.checkpoint import Checkpoint
+from reflectvlm.train.optim import optimizer_bits
 from reflectvlm.train.packing import (
     JSON,
     optimizer_from_tensors,
@@ -70,8 +73,10 @@ def put_back(trainer: Trainable, checkpoint: Checkpoint, about: Mapping[str, JSO
     _check_same(checkpoint, about)
     updater = trainer.updater
     packed = checkpoint.tensors["optimizer"], checkpoint.state["optimizer"]
+    moments = optimizer_from_tensors(*packed)
+    _check_kind(updater.optimizer, moments)
     with _own_settings(updater.optimizer):
-        updater.weights.load(checkpoint.tensors["model"], optimizer_from_tensors(*packed))
+        updater.weights.load(checkpoint.tensors["model"], moments)
     with updater.weights.whole():
         broken = first_broken_weight(trainer.policy.module)
     if broken is not None:
@@ -90,6 +95,7 @@ def about(trainer: Trainable) -> dict[str, JSON]:
     tokenizer = getattr(trainer.policy, "tokenizer", None)
     return {
         "parameters": _parameters(trainer.policy.module),
+        "adapters": about_adapters(trainer.policy.module),
         "tokenizer": None if tokenizer is None else _tokenizer(tokenizer),
         "data": fingerprint(trainer.data),
         "files": _files(trainer.output.recipe_yaml),
@@ -124,12 +130,28 @@ def _own_settings(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         group.update(settings)
 
 
+def _check_kind(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Moments in 8 bits are none for an optimiser that wants them in 32."""
+    bits = 8 if any("exp_avg" not in one for one in state["state"].values()) else 32
+    if state["state"] and bits != optimizer_bits(optimizer):
+        raise ValueError(
+            f"The checkpoint's moments have {bits} bits, and optimizer.bits is {optimizer_bits(optimizer)}. "
+            f"Set optimizer.bits={bits}, or start anew with resume=never."
+        )
+
+
 def _check_same(checkpoint: Checkpoint, now: Mapping[str, JSON]) -> None:
     before = checkpoint.state["about"]
     if difference := _first_difference(before["parameters"], now["parameters"]):
         raise ValueError(
             f"{checkpoint.path} belongs to another model: {difference}. Give the policy that it was "
             "trained with, or start anew with resume=never."
+        )
+    if before.get("adapters") != now["adapters"]:
+        raise ValueError(
+            f"{checkpoint.path} holds adapters for another base, or scaled otherwise (then "
+            f"{before.get('adapters')}, now {now['adapters']}). Give the policy.path and policy.lora that "
+            "they were trained with, or start anew with resume=never."
         )
     for name, remedy in (
         ("tokenizer", "Its ids would mean other words. Give the tokenizer that it was trained with"),

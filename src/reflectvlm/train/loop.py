@@ -22,7 +22,7 @@ from torch import nn
 
 from reflectvlm import stages
 from reflectvlm.interrupt import Abandoned, abandonable
-from reflectvlm.models.freezing import trainable_table
+from reflectvlm.protocols import Tracker
 from reflectvlm.pulse import phase
 from reflectvlm.train import keeping
 from reflectvlm.train.changes import of_a_trainer, settings
@@ -40,6 +40,7 @@ from reflectvlm.train.saver import Saver
 from reflectvlm.train.signals import StopRequest
 from reflectvlm.train.trackers import JsonLines, TensorBoard, Trackers
 from reflectvlm.train.update import NonFinite
+from reflectvlm.train.what_trains import what_trains
 
 log = logging.getLogger("reflectvlm")
 
@@ -75,7 +76,9 @@ class _Loop:
             file=None if self.ranks.first else io.StringIO(),
         )
         self.tensorboard = TensorBoard(folder.tensorboard)
-        listeners = (self.console, self.jsonl, self.tensorboard, *self.output.trackers)
+        listeners: tuple[Tracker, ...] = (
+            self.console, self.jsonl, self.tensorboard, *self.output.trackers,
+        )  # fmt: skip
         self.trackers = Trackers(listeners if self.ranks.first else ())
         self.about: dict[str, Any] = {}
         self.done = 0
@@ -141,8 +144,8 @@ class _Loop:
         if self.folder.changed:
             self.console.say(table_of_changes(self.folder.changed, self.folder.path).markdown)
         model = getattr(self.trainer.policy, "model", None)
-        for part, total, trains in trainable_table(model) if model is not None else ():
-            self.console.say(f"{part}: {total:,} parameters, {trains:,} train")
+        if model is not None:
+            self.console.say(what_trains(model, getattr(self.trainer, "optimizer", None)).markdown)
         report = getattr(self.trainer.data, "report", None)
         if report is not None:
             lines = report.lines() if hasattr(report, "lines") else [str(report)]

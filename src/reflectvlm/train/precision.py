@@ -20,6 +20,12 @@ def check_trainable_dtype(module: nn.Module, compute: str | None) -> None:
                 f"The weight {name!r} is float16, in which an optimiser's step is 0 divided by 0. Train with "
                 "policy.dtype=float32, and policy.compute=bfloat16 for speed; float16 is for answering only."
             )
+        if compute is None and parameter.dtype == torch.float16:
+            raise ValueError(
+                f"The weight {name!r} is float16 and policy.compute is null, so gradients pass through "
+                "float16, in which small ones vanish. Train with policy.compute=bfloat16; frozen weights may "
+                "stay float16."
+            )
     if compute == "float16":
         raise ValueError(
             "policy.compute is float16, in which small gradients vanish. Train with policy.compute=bfloat16, "

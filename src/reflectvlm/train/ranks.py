@@ -108,10 +108,10 @@ class Ranks:
         told = self.gather((outcome, None if error is None else _told(error)))
         if error is not None and not isinstance(error, Abandoned):
             raise error
-        for rank, (_, problem) in enumerate(told):
-            if problem is not None and problem[0] != Abandoned.__name__:
-                _raise_elsewhere(rank, problem)
-        if any(problem is not None for _, problem in told):
+        for rank, (_, failed) in enumerate(told):
+            if failed is not None and failed[0] != Abandoned.__name__:
+                _raise_elsewhere(rank, failed)
+        if any(failed is not None for _, failed in told):
             raise Abandoned
         return [result for result, _ in told]
 

@@ -98,7 +98,8 @@ class RowReader:
         return None if text is None else asking(text)
 
 
-class InTurn(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class InTurn:
     """The rows of one process among `world`: number k is position k * world + rank."""
 
     read: RowReader

@@ -5,7 +5,6 @@ Sample -> Prompt -> Rollout x G -> ScoredGroup -> Batch -> loss -> one or severa
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import logging
@@ -19,8 +18,10 @@ from torch import Tensor
 
 from reflectvlm.advantages import GroupMean
 from reflectvlm.batch import Batch
+from reflectvlm.models.adapters import adapter_layers
 from reflectvlm.models.carried import carry
 from reflectvlm.models.qwen_vl import QwenVL
+from reflectvlm.models.reference import AdaptersOff, make_reference
 from reflectvlm.objectives import ClippedSurrogate, wants_full_kl
 from reflectvlm.protocols import Advantage, Objective, Reattention, RolloutEngine
 from reflectvlm.pulse import phase
@@ -200,6 +201,12 @@ class RLTrainer:
             raise ValueError(
                 "reference_sync is set with compute=zero3, whose weights are in shares. Take zero2, or leave "
                 "reference_sync out."
+            )
+        if self.reference_sync is not None and adapter_layers(self.policy.module):
+            raise ValueError(
+                "reference_sync is set, and the policy trains adapters (policy.lora): its reference is the "
+                "policy with them switched off, which cannot follow. Leave reference_sync out (null), or "
+                "train the weights themselves with policy.lora=null."
             )
         if not isinstance(self.partial, PartialRollouts | None):
             raise ValueError(  # noqa: TRY004 - what a user wrote in a recipe
@@ -426,10 +433,13 @@ class RLTrainer:
         """The reference's log-probs of the batch's trained tokens."""
         assert self.reference is not None
         asked = (self.reference, batch, self.micro_tokens, self.sampling.logprob_temperature)
-        if self._reference_engine is None:
-            return score_without_grad(*asked)
-        run = functools.partial(through, self._reference_engine)
-        return score_without_grad(*asked, in_step=self.updater.in_step, run=run)
+        in_step = self.updater.in_step
+        if self._reference_engine is not None:
+            run = functools.partial(through, self._reference_engine)
+            return score_without_grad(*asked, in_step=in_step, run=run)
+        if isinstance(self.reference, AdaptersOff) and in_step.on:
+            return score_without_grad(*asked, in_step=in_step, run=self.updater.weights.run)
+        return score_without_grad(*asked)
 
     def update(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
         """All updates on one set of rollouts; metrics are those of the last one. A process has its own
@@ -485,21 +495,14 @@ class RLTrainer:
         return self.engine(policy=self.policy)
 
     @functools.cached_property
-    def reference(self) -> QwenVL | None:
+    def reference(self) -> QwenVL | AdaptersOff | None:
         """The policy as it was at the start, if the objective has a KL term."""
-        if getattr(self.objective, "kl", None) is None:
-            return None
-        frozen = copy.deepcopy(self.policy.model).requires_grad_(False).eval()
-        if self.policy.compute is None:
-            return dataclasses.replace(self.policy, model=frozen)
-        # It takes no small steps, so it needs no float32 weights.
-        frozen = frozen.to(getattr(torch, self.policy.compute))
-        return dataclasses.replace(self.policy, model=frozen, compute=None)
+        return None if getattr(self.objective, "kl", None) is None else make_reference(self.policy)
 
     @functools.cached_property
     def _reference_engine(self) -> Any:
         """What fetches the reference's weights where processes share them; None where it is whole."""
-        if self.compute.stage != 3 or self.reference is None:
+        if self.compute.stage != 3 or not isinstance(self.reference, QwenVL):
             return None
         return sharded_frozen(self.reference.module, self.compute)
 

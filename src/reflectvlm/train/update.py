@@ -8,12 +8,12 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from reflectvlm.batch import Batch, LossInputs, LossOutputs, ReferenceStates
+from reflectvlm.batch import Batch, LossInputs, LossOutputs, ReferenceStates, TokenScores
 from reflectvlm.interrupt import safe_point
 from reflectvlm.protocols import Objective, Policy, Reference
 from reflectvlm.train.budget import MICRO_TOKENS, image_parts, passes
@@ -228,8 +228,17 @@ def loss_inputs(batch: Batch, logprobs: Tensor, entropy: Tensor, kl: Tensor | No
     )
 
 
+class Scorer(Protocol):
+    """What a pass without gradients asks of a policy or of a reference."""
+
+    def features(self, images: Sequence[Patches]) -> Tensor: ...
+    def score(
+        self, batch: Batch, features: Tensor, temperature: float = 1.0, *, entropy: bool = True
+    ) -> TokenScores: ...
+
+
 def score_without_grad(
-    policy: Policy,
+    policy: Scorer,
     batch: Batch,
     micro_tokens: int,
     temperature: float,
@@ -263,12 +272,12 @@ def score_without_grad(
         return result
 
 
-def _features_without_grad(model: Policy | Reference, parts: Sequence[tuple[Patches, ...]]) -> Tensor:
+def _features_without_grad(model: Scorer | Reference, parts: Sequence[tuple[Patches, ...]]) -> Tensor:
     with torch.no_grad():
         return torch.cat([model.features(part) for part in parts])
 
 
-def _passes(policy: Policy, batch: Batch, micro_tokens: int) -> list[Tensor]:
+def _passes(policy: Scorer, batch: Batch, micro_tokens: int) -> list[Tensor]:
     """A policy that does not say whether it runs shared prompts once is taken to run whole rows."""
     return passes(batch.layout, micro_tokens, share_prefix=getattr(policy, "share_prefix", False))
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from reflectvlm.interrupt import committed
+from reflectvlm.models.adapters import load_stored, stored
 from reflectvlm.train.ranks import Ranks
 
 T = TypeVar("T")
@@ -77,7 +78,7 @@ class Whole:
         return function()
 
     def backward(self, loss: Tensor, *, last: bool = False, again: bool = False) -> None:  # noqa: ARG002
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def step(self) -> float:
         norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm))
@@ -93,10 +94,10 @@ class Whole:
         return contextlib.nullcontext()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return self.module.state_dict(), self.optimizer.state_dict()
+        return stored(self.module), self.optimizer.state_dict()
 
     def load(self, module: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
-        self.module.load_state_dict(dict(module))
+        load_stored(self.module, module)
         self.optimizer.load_state_dict(dict(optimizer))
 
 
@@ -120,7 +121,7 @@ class Shared:
         return function()
 
     def backward(self, loss: Tensor, *, last: bool = False, again: bool = False) -> None:  # noqa: ARG002
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def step(self) -> float:
         trained = [one for one in self.module.parameters() if one.requires_grad]
