@@ -212,13 +212,15 @@ def job_of(case: Case, policy: QwenVL, compute: Compute | None = None) -> Job:
     )
 
 
-def measured(case: Case, policy: QwenVL, compute: Compute | None = None) -> dict[str, int]:
-    """Peak of live bytes of each phase over the steps of a trainer; of several processes, whose phases are
-    their own affair, of whole steps."""
-    made = trainer_of(case, policy, compute)
-    made.prepare()
-    watch = Watch(held=_held(made))
+def measured(case: Case, cache: Path, compute: Compute | None = None) -> tuple[Job, dict[str, int]]:
+    """What the planner is told, and the peak of live bytes of each phase over the steps of a trainer, of all
+    that was made since the model's first weight; of several processes, whose phases are their own affair,
+    of whole steps."""
+    watch = Watch()
     with watch:
+        policy = policy_of(case, cache)
+        made = trainer_of(case, policy, compute)
+        made.prepare()
         for number in range(STEPS):
             if compute is not None:
                 with watch.phase("step"):
@@ -228,7 +230,7 @@ def measured(case: Case, policy: QwenVL, compute: Compute | None = None) -> dict
                     made.step(number)
             else:
                 _phases(made, watch, number, case.updates)
-    return watch.peaks
+    return job_of(case, policy, compute), watch.peaks
 
 
 def _phases(made: RLTrainer, watch: Watch, number: int, updates: int) -> None:
@@ -241,11 +243,3 @@ def _phases(made: RLTrainer, watch: Watch, number: int, updates: int) -> None:
     for batch in batches:
         with watch.phase("update"):
             made.updater(batch, 1e-6)
-
-
-def _held(made: RLTrainer | SFTTrainer) -> list[torch.Tensor]:
-    """What is there before the first step."""
-    modules = [made.policy.module]
-    if isinstance(made, RLTrainer) and made.reference is not None:
-        modules.append(made.reference.module)
-    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
