@@ -190,7 +190,9 @@ class Updater:
     def _nothing(self) -> Tensor:
         """The loss of a pass that is made up: 0, through every layer."""
         row = self.in_step.row
-        return 0 * self.policy.score(row, self.policy.features(()), self.temperature).logprobs.sum()
+        scores = self.policy.score(row, self.policy.features(()), self.temperature)
+        # A policy may have banned the very token: 0 times minus infinity would be no number.
+        return 0 * scores.logprobs.nan_to_num(neginf=0.0).sum()
 
     def _compared(self, parts: Sequence[tuple[Patches, ...]]) -> Callable[[Batch], ReferenceStates | None]:
         """What the reference says about a micro-batch. Its features are computed once, here."""
