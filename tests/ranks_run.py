@@ -2,8 +2,9 @@
 
     python ranks_run.py FOLDER RUN ...
 
-RUN is `trainer:kind` with trainer sft, grpo or brpo (with COPY) and kind as in `Compute`, and perhaps
-`:key=value` for settings. Environment as torchrun sets it; without it there is one process.
+RUN is `trainer:kind` with trainer sft, grpo, brpo (with COPY), lora or half, and kind as in `Compute`, and
+perhaps `:key=value` for settings; `name:` in front of it does it with a mistake, one of MUTATIONS.
+Environment as torchrun sets it; without it there is one process.
 """
 
 from __future__ import annotations
@@ -13,15 +14,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from reflectvlm.data.digit_traces import DigitTraces
 from reflectvlm.data.digits import Digits
 from reflectvlm.models.lora import LoRA
 from reflectvlm.models.qwen_vl import load_policy
+from reflectvlm.rollout.engine import InProcessEngine
 from reflectvlm.train.compute import Compute
 from reflectvlm.train.cursor import place_at
 from reflectvlm.train.optim import AdamW
+from reflectvlm.train.runtime import Runtime
+from reflectvlm.train.update import Updater
+from reflectvlm.train.weights import Shared
 from training import small_brpo_copy, small_rl, small_sft
 
 OUTPUT = ("save_every", "eval_every", "resume")
@@ -64,10 +70,60 @@ def trainer(root: Path, which: str, kind: str, **given: Any) -> Any:
     return MAKERS[which](root, output=output, **chosen | given)
 
 
+def averaged(patch: pytest.MonkeyPatch) -> None:
+    """Gradients are averaged over processes, as a library does by itself."""
+    real = Shared.step
+
+    def step(self: Shared) -> float:
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= self.ranks.world
+        return real(self)
+
+    patch.setattr(Shared, "step", step)
+
+
+def own_counts(patch: pytest.MonkeyPatch) -> None:
+    """A loss is divided by the counts of its own process."""
+    plain = {"tokens": float, "sequences": float}
+    patch.setattr(Runtime, "sum", lambda _, values: {name: plain[name](values[name]) for name in values})
+
+
+def own_places(patch: pytest.MonkeyPatch) -> None:
+    """A rollout's random numbers come of its place in its own process."""
+    real = InProcessEngine.groups
+
+    def groups(self: InProcessEngine, *asked: Any, **named: Any) -> Any:
+        return real(self, *asked, **named | {"places": None})
+
+    patch.setattr(InProcessEngine, "groups", groups)
+
+
+def unopened(patch: pytest.MonkeyPatch) -> None:
+    """No pass through all layers before those of an update."""
+    real = Updater._touch
+
+    def touch(self: Updater, images: bool, *, last: bool = False) -> bool:
+        return real(self, images, last=True) if last else images
+
+    patch.setattr(Updater, "_touch", touch)
+
+
+MUTATIONS = {one.__name__: one for one in (averaged, own_counts, own_places, unopened)}
+
+
 def main(folder: str, *runs: str) -> int:
     torch.set_num_threads(1)
     for run in runs:
         which, kind, *settings = run.split(":")
+        if which in MUTATIONS:
+            patch = pytest.MonkeyPatch()
+            MUTATIONS[which](patch)
+            try:
+                main(str(Path(folder) / which), ":".join([kind, *settings]))
+            finally:
+                patch.undo()
+            continue
         pairs = (one.split("=") for one in settings)
         given = {name: int(value) if value.isdigit() else value for name, value in pairs}
         code = trainer(Path(folder) / f"{which}-{kind}", which, kind, **given).run().exit_code

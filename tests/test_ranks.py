@@ -114,6 +114,18 @@ def test_two_processes_equal_one(trainer: str, kind: str, alone: Path, together:
 
 
 @pytest.mark.timeout(300)
+def test_mistakes_are_seen(tmp_path: Path, alone: Path) -> None:
+    """Bug: a comparison of two processes with one that would also find equal what is not."""
+    runs = ["averaged:grpo:ddp", "own_counts:sft:ddp", "own_places:grpo:ddp"]
+    runs += ["unopened:sft:zero3"] if len(KINDS) > 1 else []
+    run_in(2, tmp_path, runs)
+    for run in runs:
+        mutation, trainer, kind = run.split(":")
+        found = differences(alone / f"{trainer}-single", tmp_path / mutation / f"{trainer}-{kind}", "model")
+        assert found > 1e-5, run
+
+
+@pytest.mark.timeout(300)
 def test_a_run_goes_on_with_another_setting_and_another_number(tmp_path: Path, alone: Path) -> None:
     """Bug: a checkpoint that fits only the setting and the number of processes that wrote it."""
     chain = (

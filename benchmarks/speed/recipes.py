@@ -4,9 +4,9 @@
 
 Every measurement is a fresh process that takes the first steps of a recipe, both trees with the same rows
 and random numbers; lookback_rl from its cold start, which each tree makes once, qwen_la_brpo from the base,
-because its stages take minutes. Median seconds of a step after the first, and the ratio in each round. As on
-the command line, threads that wait sleep (GOMP_SPINCOUNT=0). Results go to
-benchmarks/results/speed_recipes.{json,md}.
+because its stages take minutes. Median seconds of a step after the first, and the ratio in each round. With
+`--processes 2` this tree is also measured as `train … processes=2` runs it. As on the command line, threads
+that wait sleep (GOMP_SPINCOUNT=0). Results go to benchmarks/results/speed_recipes.{json,md}.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ for step in range(int(steps) + 1):
     start = time.perf_counter()
     trainer.step(step)
     seconds.append(time.perf_counter() - start)
-print(seconds[1:])
+if trainer.ranks.first if hasattr(trainer, "ranks") else True:
+    print(seconds[1:])
 """
 
 
@@ -50,19 +51,26 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="*", default=RECIPES)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=1, help="measure this tree with so many as well")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         before = archived(args.before, Path(folder))
         for recipe in args.recipes:
-            row: dict[str, Any] = {"recipe": recipe, "before": [], "now": []}
+            row: dict[str, Any] = {"recipe": recipe, "before": [], "now": [], "several": []}
             for _ in range(args.rounds):
                 row["before"].append(step_seconds(before, recipe, args.steps))
                 row["now"].append(step_seconds(ROOT, recipe, args.steps))
+                if args.processes > 1:
+                    row["several"].append(step_seconds(ROOT, recipe, args.steps, args.processes))
             rows.append(row)
             print(line(row), flush=True)
     command = " ".join(["python benchmarks/speed/recipes.py", *sys.argv[1:]])
-    told = about("The tiny policy", []) | {"command": command, "before": args.before}
+    told = about("The tiny policy", []) | {
+        "command": command,
+        "before": args.before,
+        "processes": args.processes,
+    }
     found = {"about": told, "recipes": rows}
     results = ROOT / "benchmarks" / "results"
     (results / "speed_recipes.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -78,28 +86,64 @@ def archived(commit: str, folder: Path) -> Path:
     return folder
 
 
-def step_seconds(tree: Path, recipe: str, steps: int) -> float:
-    """Median of a fresh process's steps."""
+def step_seconds(tree: Path, recipe: str, steps: int, processes: int = 1) -> float:
+    """Median of the steps of one fresh process, or of several that share them."""
     environment = os.environ | {"PYTHONPATH": str(tree / "src")}
     environment.setdefault("GOMP_SPINCOUNT", "0")
     overrides = ["start_from=null"] if recipe in FROM_BASE else []
     command = [sys.executable, "-c", STEPS, recipe, str(steps), *overrides]
-    made = subprocess.run(command, cwd=tree, env=environment, check=True, capture_output=True, text=True)
-    return statistics.median(json.loads(made.stdout.splitlines()[-1]))
+    started = [
+        subprocess.Popen(
+            command,
+            cwd=tree,
+            env=environment | (_rank(rank, processes) if processes > 1 else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    told = [one.communicate()[0] for one in started]
+    assert all(one.returncode == 0 for one in started), f"{recipe}: {told}"
+    return statistics.median(json.loads(told[0].splitlines()[-1]))
+
+
+def _rank(rank: int, processes: int) -> dict[str, str]:
+    """What the launcher says to each process."""
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29631",
+        "REFLECTVLM_CPU": "1",
+        "OMP_NUM_THREADS": str(threads),
+    }
 
 
 def line(row: dict[str, Any]) -> str:
-    ratios = [old / new for old, new in zip(row["before"], row["now"], strict=True)]
-    old, new = statistics.median(row["before"]), statistics.median(row["now"])
-    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-    return f"| {row['recipe']} | {old:.3f} | {new:.3f} | {old / new:.2f} ({spread}) |"
+    told = f"| {row['recipe']} | {statistics.median(row['before']):.3f} |"
+    for name in ("now", "several"):
+        if row[name]:
+            told += f" {statistics.median(row[name]):.3f} | {_faster(row['before'], row[name])} |"
+    return told
+
+
+def _faster(before: list[float], now: list[float]) -> str:
+    ratios = [old / new for old, new in zip(before, now, strict=True)]
+    ratio = statistics.median(before) / statistics.median(now)
+    return f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def page(found: dict[str, Any]) -> str:
     told = found["about"]
     made = f"`{told['command']}`, {told['machine']}, commit {told['commit']}; before is {told['before']}."
     what = "Median seconds of a step; ratio of the medians, in brackets the lowest and highest of the rounds."
-    table = ["| recipe | before, s | now, s | times faster |", "|---|---:|---:|---:|"]
+    head = "| recipe | before, s | now, s | times faster |"
+    if told["processes"] > 1:
+        head += f" now, {told['processes']} processes, s | times faster |"
+    table = [head, "|---" + "|---:" * (head.count("|") - 2) + "|"]
     table += [line(row) for row in found["recipes"]]
     return "\n\n".join(["# The recipes' steps, before and now", made, what, "\n".join(table)]) + "\n"
 
