@@ -136,7 +136,8 @@ class _Group:
     def run(self) -> int:
         try:
             with self._passed_on():
-                self.ranks = [self._start(local) for local in range(self.launch.processes)]
+                for local in range(self.launch.processes):
+                    self.ranks.append(self._start(local))  # known at once to signals and to `finally`
                 failed = self._watch()
                 return 0 if failed is None else self._end(failed)
         finally:
@@ -230,7 +231,7 @@ class _Group:
         if failed.number and code not in (-signal.SIGKILL, -signal.SIGTERM):
             said = [line for line in failed.said if not line.startswith("warning: rank")]
             put_error("".join(f"rank {failed.number}: {line}" for line in said[-3:]))
-        return code if code > 0 else 1
+        return code if code > 0 else 128 - code  # as a shell reports a signal
 
     def _finish_off(self) -> None:
         for last in (signal.SIGTERM, signal.SIGKILL):

@@ -303,6 +303,12 @@ def _engine(settings: dict[str, Any], **parts: Any) -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    if "WORLD_SIZE" not in os.environ and not torch.distributed.is_initialized():
+        # One process that nobody launched: DeepSpeed would ask MPI who it is.
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        os.environ.setdefault("LOCAL_RANK", "0")
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     deepspeed.init_distributed(verbose=False)
     engine, *_ = deepspeed.initialize(config=settings, **parts)
     return engine
