@@ -244,7 +244,7 @@ class RLTrainer:
             with phase("update"):
                 metrics |= self.update(trained, step)
         if self.pending is not None:
-            waiting = self.runtime.sum({"groups": len(self.pending.waiting)})["groups"]
+            waiting = self.runtime.sum({"groups": float(len(self.pending.waiting))})["groups"]
             metrics |= partial_metrics(scored, version, int(waiting))
         self._sync_reference(step)
         ended = time.perf_counter()
