@@ -54,7 +54,7 @@ def test_a_full_device_is_this_process_s_own_error() -> None:
 
 def test_one_process_loses_nobody() -> None:
     """Bug: ZeRO in one process that tells any error of a pass as the loss of others."""
-    with pytest.raises(RuntimeError, match="^shapes do not fit"), Ranks().heard():
+    with pytest.raises(RuntimeError, match=r"^shapes do not fit"), Ranks().heard():
         raise RuntimeError("shapes do not fit")
 
 
