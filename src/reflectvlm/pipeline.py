@@ -39,9 +39,10 @@ from reflectvlm.rewards.rubric import Rubric
 from reflectvlm.stages import digest_of
 from reflectvlm.train.evaluate import Evaluation
 from reflectvlm.train.measure import Figures, comparison, measure, share
+from reflectvlm.train.ranks import Ranks
 from reflectvlm.train.run import Output
 from reflectvlm.train.run_folder import RunFolder
-from reflectvlm.train.signals import StopRequest
+from reflectvlm.train.signals import StopRequest, agreed
 from reflectvlm.train.table import say
 from reflectvlm.types import Instruction
 
@@ -112,25 +113,32 @@ def run_pipeline(name: str, *words: str) -> PipelineResult:
     chain.check(*runs, named=True)
     identities = [chain.identity(row.recipe, row.overrides) for row in pipeline.table]
     output = pipeline.output
-    folder = RunFolder.create(
-        output.root,
-        _folder_name(composed),
-        recipe_yaml=record(name, {**composed.values, _IDENTITY: _identity(composed, pipeline, identities)}),
-        overrides=words,
-        resume=output.resume,
+    identity = _identity(composed, pipeline, identities)
+    ranks = Ranks.joined()  # they share the stages; the rows of the table are measured by the first alone
+    folder = ranks.from_first(
+        lambda: RunFolder.create(
+            output.root,
+            _folder_name(composed),
+            recipe_yaml=record(name, {**composed.values, _IDENTITY: identity}),
+            overrides=words,
+            resume=output.resume,
+        )
     )
     with folder:
         if folder.finished:
             return _found(folder)
         models = [_model(chain, row, run) for row, run in zip(pipeline.table, runs, strict=True)]
         with StopRequest(output.max_minutes) as stop:
-            measured = _measure_all(pipeline, runs, models, identities, folder, stop)
+            measured = ranks.from_first(
+                lambda: _measure_all(pipeline, runs, models, identities, folder, stop)
+            )
+            agreed(ranks, stop)
         if len(measured) < len(pipeline.table):
             say(f"stopped by {stop.reason}; the same command goes on with {folder.path}")
             return PipelineResult(
                 folder=folder.path, figures=measured, finished=False, exit_code=stop.exit_code
             )
-        return _end(pipeline, composed, models, identities, measured, folder)
+        return ranks.from_first(lambda: _end(pipeline, composed, models, identities, measured, folder))
 
 
 # -- what was asked for ---------------------------------------------------------------------------
