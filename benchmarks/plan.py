@@ -27,8 +27,10 @@ from typing import Any
 import torch
 from plan_cases import Case, cases, job_of, measured, policy_of
 
+from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.planning import Compute, Moment, peak, predict
 from reflectvlm.planning.job import KINDS
+from reflectvlm.planning.measured import Watch
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -68,11 +70,17 @@ def main() -> int:
 def one(case: Case, compute: Compute | None) -> dict[str, Any]:
     """Measured and predicted bytes of a case, in this process."""
     torch.manual_seed(0)
-    policy = policy_of(case, CACHE)
+    return compared(case, policy_of(case, CACHE), compute)
+
+
+def compared(
+    case: Case, policy: QwenVL, compute: Compute | None, watch: Watch | None = None
+) -> dict[str, Any]:
+    """The same of a policy that is there already."""
     job = job_of(case, policy, compute)
     without = dataclasses.replace(job, training=dataclasses.replace(job.training, bare=True))
     moments = predict(without)
-    real = measured(case, policy, compute)
+    real = measured(case, policy, compute, watch)
     return {
         "model": case.model,
         "case": case.name,

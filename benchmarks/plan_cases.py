@@ -157,7 +157,7 @@ def trainer_of(case: Case, policy: QwenVL, compute: Compute | None = None) -> RL
         "instruction": Instruction(),
         "rubric": Rubric(rewards={"number": _reward}, weights={"number": 1.0}),
         "steps": STEPS,
-        "optimizer": AdamW(lr=1e-6),
+        "optimizer": AdamW(lr=1e-6, bits=case.training.moments),
         "micro_tokens": case.micro_tokens,
     }
     if compute is not None:
@@ -212,12 +212,15 @@ def job_of(case: Case, policy: QwenVL, compute: Compute | None = None) -> Job:
     )
 
 
-def measured(case: Case, policy: QwenVL, compute: Compute | None = None) -> dict[str, int]:
+def measured(
+    case: Case, policy: QwenVL, compute: Compute | None = None, watch: Watch | None = None
+) -> dict[str, int]:
     """Peak of live bytes of each phase over the steps of a trainer; of several processes, whose phases are
-    their own affair, of whole steps."""
+    their own affair, of whole steps. `watch`: one that looks at more than bytes."""
     made = trainer_of(case, policy, compute)
     made.prepare()
-    watch = Watch(held=_held(made))
+    watch = watch or Watch()
+    watch.held = _held(made)
     with watch:
         for number in range(STEPS):
             if compute is not None:
