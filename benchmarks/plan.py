@@ -20,12 +20,13 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from plan_cases import Case, cases, job_of, measured, policy_of
+from plan_cases import Case, cases, measured, policy_of
 
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.planning import Compute, Moment, peak, predict
@@ -38,6 +39,8 @@ CACHE = HERE.parent / ".bench"
 MARK = "MEASURED "
 MB = 1e6
 ALLOWED = 0.15
+BUCKET = 100_000
+"""Of several processes: the usual one would be larger than the tiny model and hide what is shared."""
 
 
 def main() -> int:
@@ -47,12 +50,12 @@ def main() -> int:
     parser.add_argument("--only", default="", help="cases whose model or name holds this")
     parser.add_argument("--compute", choices=KINDS, default="single")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS / "plan")
+    parser.add_argument("--out", type=Path, help="results/plan, with the setting's name unless it is single")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     compute = None
     if args.compute != "single":
-        compute = Compute(kind=args.compute, world=args.processes)
+        compute = Compute(kind=args.compute, world=args.processes, bucket=BUCKET)
     if args.case is not None:
         print(MARK + json.dumps(one(cases()[args.case], compute)))
         return 0
@@ -61,26 +64,24 @@ def main() -> int:
     for number in chosen:
         found.append(fresh(number, args.compute, args.processes))
         print(line(found[-1]), flush=True)
+    out = args.out or RESULTS / ("plan" if compute is None else f"plan_{args.compute}")
     text = page(found, args.compute, args.processes)
-    args.out.with_suffix(".md").write_text(text, encoding="utf-8")
-    args.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    out.with_suffix(".md").write_text(text, encoding="utf-8")
+    out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return int(any(abs(error(row)) > ALLOWED for row in found))
 
 
 def one(case: Case, compute: Compute | None) -> dict[str, Any]:
     """Measured and predicted bytes of a case, in this process."""
     torch.manual_seed(0)
-    return compared(case, policy_of(case, CACHE), compute)
+    return compared(case, partial(policy_of, case, CACHE), compute, Watch())
 
 
-def compared(
-    case: Case, policy: QwenVL, compute: Compute | None, watch: Watch | None = None
-) -> dict[str, Any]:
-    """The same of a policy that is there already."""
-    job = job_of(case, policy, compute)
+def compared(case: Case, make: Callable[[], QwenVL], compute: Compute | None, watch: Watch) -> dict[str, Any]:
+    """The same of the policy that `make` makes, as `watch` sees it."""
+    job, real = measured(case, make, compute, watch)
     without = dataclasses.replace(job, training=dataclasses.replace(job.training, bare=True))
     moments = predict(without)
-    real = measured(case, policy, compute, watch)
     return {
         "model": case.model,
         "case": case.name,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -213,15 +213,15 @@ def job_of(case: Case, policy: QwenVL, compute: Compute | None = None) -> Job:
 
 
 def measured(
-    case: Case, policy: QwenVL, compute: Compute | None = None, watch: Watch | None = None
-) -> dict[str, int]:
-    """Peak of live bytes of each phase over the steps of a trainer; of several processes, whose phases are
-    their own affair, of whole steps. `watch`: one that looks at more than bytes."""
-    made = trainer_of(case, policy, compute)
-    made.prepare()
-    watch = watch or Watch()
-    watch.held = _held(made)
+    case: Case, make: Callable[[], QwenVL], compute: Compute | None, watch: Watch
+) -> tuple[Job, dict[str, int]]:
+    """What the planner is told, and the peak of live bytes of each phase over the steps of a trainer, of all
+    that was made since the model's first weight; of several processes, whose phases are their own affair,
+    of whole steps."""
     with watch:
+        policy = make()
+        made = trainer_of(case, policy, compute)
+        made.prepare()
         for number in range(STEPS):
             if compute is not None:
                 with watch.phase("step"):
@@ -231,7 +231,7 @@ def measured(
                     made.step(number)
             else:
                 _phases(made, watch, number, case.updates)
-    return watch.peaks
+    return job_of(case, policy, compute), watch.peaks
 
 
 def _phases(made: RLTrainer, watch: Watch, number: int, updates: int) -> None:
@@ -244,11 +244,3 @@ def _phases(made: RLTrainer, watch: Watch, number: int, updates: int) -> None:
     for batch in batches:
         with watch.phase("update"):
             made.updater(batch, 1e-6)
-
-
-def _held(made: RLTrainer | SFTTrainer) -> list[torch.Tensor]:
-    """What is there before the first step."""
-    modules = [made.policy.module]
-    if isinstance(made, RLTrainer) and made.reference is not None:
-        modules.append(made.reference.module)
-    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]

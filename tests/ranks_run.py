@@ -17,31 +17,49 @@ import torch
 
 from reflectvlm.data.digit_traces import DigitTraces
 from reflectvlm.data.digits import Digits
+from reflectvlm.models.lora import LoRA
+from reflectvlm.models.qwen_vl import load_policy
 from reflectvlm.train.compute import Compute
 from reflectvlm.train.cursor import place_at
 from reflectvlm.train.optim import AdamW
 from training import small_brpo_copy, small_rl, small_sft
 
-MAKERS = {"sft": small_sft, "grpo": small_rl, "brpo": small_brpo_copy}
 OUTPUT = ("save_every", "eval_every", "resume")
+TAGS = ("<REFLECTION>", "</REFLECTION>")
+
+
+def lora(root: Path, **settings: Any) -> Any:
+    """GRPO of adapters and the rows of new tags, whose reference is the policy without them."""
+    policy = load_policy("tiny", lora=LoRA(rank=4), new_tags=TAGS)
+    return small_rl(root, policy=policy, **settings)
+
+
+def half(root: Path, **settings: Any) -> Any:
+    """Weights in bfloat16, which cannot take so small a step; float32 ones beside the moments do."""
+    policy = load_policy("tiny", dtype="bfloat16")
+    return small_sft(root, policy=policy, **settings | {"optimizer": AdamW(lr=1e-6, weight_decay=0.0)})
+
+
+MAKERS = {"sft": small_sft, "grpo": small_rl, "brpo": small_brpo_copy, "lora": lora, "half": half}
 
 
 def trainer(root: Path, which: str, kind: str, **given: Any) -> Any:
     """A small trainer whose rows at odd positions show no image: with two processes all rows of one."""
-    data: Any = Digits(size=12) if which != "sft" else DigitTraces(data=Digits(size=12))
+    supervised = which in ("sft", "half")
+    data: Any = DigitTraces(data=Digits(size=12)) if supervised else Digits(size=12)
     rows = [data[place] for place in range(12)]
     for position in range(1, 12, 2):
         at = place_at(12, position, 0)
         rows[at] = dataclasses.replace(rows[at], images=())
     chosen: dict[str, Any] = {
         "data": rows,
-        "compute": Compute(kind=kind),  # type: ignore[arg-type]
+        "compute": Compute(kind=kind, offload_optimizer=bool(given.pop("offload", 0))),  # type: ignore[arg-type]
         "steps": 3,
         # A large eps makes a step a smooth function of the gradient: rounding stays rounding.
         "optimizer": AdamW(lr=1e-3, eps=1e-3),
         "micro_tokens": 150,
     }
-    chosen |= {"rows_per_step": 4} if which == "sft" else {"prompts_per_step": 4, "updates_per_step": 1}
+    chosen |= {"rows_per_step": 4} if supervised else {"prompts_per_step": 4, "updates_per_step": 1}
     output = {name: given.pop(name) for name in OUTPUT if name in given}
     return MAKERS[which](root, output=output, **chosen | given)
 

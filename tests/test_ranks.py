@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 from ranks_run import main
+from reflectvlm.models.qwen_vl import load_policy
 
 HERE = Path(__file__).parent
-TRAINERS = ("sft", "grpo", "brpo")
+TRAINERS = ("sft", "grpo", "brpo", "lora")
 KINDS = ("ddp", "zero1", "zero2", "zero3") if find_spec("deepspeed") else ("ddp",)
 
 
@@ -125,3 +126,28 @@ def test_a_run_goes_on_with_another_setting_and_another_number(tmp_path: Path, a
         resume = f":resume={folder}"
     assert differences(alone / "grpo-single", folder.parent, "model") < 1e-6
     assert differences(alone / "grpo-single", folder.parent, "optimizer") < 1e-6
+
+
+needs_deepspeed = pytest.mark.skipif(len(KINDS) == 1, reason="deepspeed is not installed (extra: deepspeed)")
+
+
+@needs_deepspeed
+@pytest.mark.timeout(300)
+def test_moments_in_host_memory(tmp_path: Path, alone: Path) -> None:
+    """Bug: gradients lost on the way to the host's memory, where only the last pass of an update arrived."""
+    run_in(2, tmp_path, ["sft:zero2:offload=1"])
+    assert differences(alone / "sft-single", tmp_path / "sft-zero2", "model") < 1e-6
+
+
+@needs_deepspeed
+@pytest.mark.timeout(300)
+def test_bfloat16_weights_have_float32_ones_beside_their_moments(tmp_path: Path) -> None:
+    """Bug: steps of 1e-6 on weights that are too coarse for them, so that nothing is ever learned; or weights
+    of the checkpoint that are the coarse ones."""
+    run_in(2, tmp_path, ["half:zero2:steps=2"])
+    kept = load_file(checkpoint(tmp_path / "half-zero2") / "model.safetensors")
+    coarse = load_policy("tiny", dtype="bfloat16").model.state_dict()
+    for name, parameter in coarse.items():
+        moved = (kept[name].double() - parameter.double()).abs().max()
+        assert kept[name].dtype == torch.float32
+        assert 0 < moved < 3e-6, name

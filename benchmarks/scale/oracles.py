@@ -1,10 +1,11 @@
 """Do the equalities of the test suite hold on this device? For every family of models.
 
-`test_suite`: the tests' own oracles, called with a policy on this device: float64, where a mistake of one position
-is 1e-2 and what is allowed 1e-5. Stock model, stock `generate`, eager attention; decoding with blocks, packed
-rows, passes of other sizes.
-`rounded`: float32 without TF32, and bfloat16, in which kernels are others: every fast path against its plain form
-(benchmarks/speed/gpu_checks.py, whose yardsticks these are), the head and its exact KL, flash-attn in the tower.
+`test_suite`: the tests' own oracles, called with a policy on this device: float64, where a mistake of one
+position is 1e-2 and what is allowed 1e-5. Stock model, stock `generate`, eager attention; decoding with
+blocks, packed rows, passes of other sizes.
+`rounded`: float32 without TF32, and bfloat16, in which kernels are others: every fast path against its plain
+form (benchmarks/speed/gpu_checks.py, whose yardsticks these are), the head and its exact KL, flash-attn in
+the tower.
 
 Tests that are about files, processes or the CPU are left to the test suite.
 """
@@ -119,8 +120,8 @@ def rounded(device: torch.device, tiny: bool) -> Iterator[Check]:
 
 
 def head(device: torch.device, dtype: torch.dtype, tokens: int = 300) -> Gaps:
-    """Log-probs, entropies, KLs and gradients: by tiles, and all logits at once in the same dtype. In bfloat16
-    the yardstick is how far the plain way is from float32."""
+    """Log-probs, entropies, KLs and gradients: by tiles, and all logits at once in the same dtype. In
+    bfloat16 the yardstick is how far the plain way is from float32."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The stages of the scale run; each is started by `scale.py` in a process of its own.
 
-What they ask stands in the files beside this one: `small.py` (recipes, settings of compute, adapters, moments),
-`oracles.py` (equalities), `seven_b.py` (steps of 7B). `scale.py` puts their folders on the path.
+What they ask stands in the files beside this one: `small.py` (recipes, settings of compute, adapters,
+moments), `oracles.py` (equalities), `seven_b.py` (steps of 7B). `scale.py` puts their folders on the path.
 """
 
 from __future__ import annotations

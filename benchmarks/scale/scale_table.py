@@ -69,19 +69,19 @@ def _large(lines: Sequence[Line]) -> list[str]:
 
 def _row(line: Line) -> str:
     title = line.get("case", line["name"])
-    planned = f"{line['plan'] / GB:.1f}" if "plan" in line else ""
+    planned = f"{line['plan'] / GB:.4g}" if "plan" in line else ""
     if "measured" not in line:
         why = line.get("skipped") or "failed, see below"
         return f"| {title} | not measured: {why} | | | | | | | | {planned} | {line.get('plan_at', '')} |"
     taken = line["seconds"]
-    rollout, update = (f"{taken[name]:.1f}" if name in taken else "" for name in ("rollout", "update"))
+    rollout, update = (f"{taken[name]:.3g}" if name in taken else "" for name in ("rollout", "update"))
     error = line["predicted"] / line["measured"] - 1
     used = f"{line['card_used'] / GB:.1f}" if "card_used" in line else ""
     mark = "" if abs(error) <= ALLOWED else " **beyond 15 %**"
     return (
-        f"| {title} | {rollout} | {update} | {sum(taken.values()):.1f} | "
-        f"{sum(line['plan_seconds'].values()):.1f} | {line['measured'] / GB:.2f} | "
-        f"{line['predicted'] / GB:.2f} | {100 * error:+.1f} %{mark} | {used} | {planned} | {line['at']} |"
+        f"| {title} | {rollout} | {update} | {sum(taken.values()):.3g} | "
+        f"{sum(line['plan_seconds'].values()):.3g} | {line['measured'] / GB:.4g} | "
+        f"{line['predicted'] / GB:.4g} | {100 * error:+.1f} %{mark} | {used} | {planned} | {line['at']} |"
     )
 
 

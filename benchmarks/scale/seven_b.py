@@ -91,9 +91,9 @@ def steps(job: Job, name: str) -> dict[str, Any]:
     told = {"case": kind.name, "work": dataclasses.asdict(case) | {"training": None}} | said(planned, on)
     if why := hindrance(job, planned, on):
         return told | {"ok": None, "skipped": why}
-    watch = Timed()
+    watch: Any = Timed(held=policy.module.parameters())
     started = now()
-    found = compared(case, policy, kind.compute, watch)
+    found = compared(case, lambda: policy, kind.compute, watch)
     told |= {"measured": found["measured"], "phases": found["phases"], "predicted": found["predicted"]}
     told |= {"parts": found["parts"], "at": found["at"], "two_steps": now() - started}
     told["seconds"] = {phase: taken[-1] for phase, taken in watch.seconds.items()}

@@ -27,6 +27,7 @@ from reflectvlm.recipe_files import recipes
 from reflectvlm.train.compute import Compute
 from reflectvlm.train.distill import Distiller
 from reflectvlm.train.optim import AdamW
+from reflectvlm.types import SamplingParams
 
 Found = dict[str, Any]
 Attempt = tuple[str, Callable[[], Found]]
@@ -34,6 +35,9 @@ STEPS = 2
 EQUAL = 1e-4
 """Largest difference of a weight or moment after three steps in float32. Processes of a CPU agree to 1e-6; a
 GPU adds in no fixed order."""
+
+LOUD = SamplingParams(max_tokens=8, temperature=2.0)
+"""The trained tiny policy's answers differ, and so do their rewards."""
 
 
 # -- recipes ------------------------------------------------------------------------------------------
@@ -101,7 +105,10 @@ def each_setting(device: torch.device) -> Iterator[Attempt]:
     alone_as_a_rank()
     with tempfile.TemporaryDirectory() as at:
         folder = Path(at)
-        for which in ("grpo", "brpo", "sft"):
+        for which in ("grpo", "brpo", "sft", "lora"):
+            if which == "lora" and find_spec("peft") is None:
+                yield which, partial(absent, "peft")
+                continue
             yield f"{which}: single", partial(ran, folder, which, "single", Compute(kind="single"), device)
             for name, compute in SPREAD.items():
                 if find_spec("deepspeed") is None:
@@ -135,7 +142,7 @@ def ran(
     """Three steps of the trainer with which processes are compared."""
     from ranks_run import trainer
 
-    given: Found = {"policy": in_bfloat16(random_tiny()), "output": {"checks": False}} if half else {}
+    given: Found = {"policy": in_bfloat16(random_tiny())} if half else {}
     made = trainer(folder / f"{which}-{name}", which, "single", compute=compute, save_every=3, **given)
     code = made.run().exit_code
     assert code == 0, f"exit code {code}"
@@ -167,7 +174,8 @@ def adapters(folder: Path, device: torch.device) -> Iterator[Attempt]:
             return absent(needs)
         settings = changes.pop("policy_settings", {})
         policy = load_policy("tiny", **settings)
-        made = small_rl(folder / name, policy=policy, steps=STEPS, output={"checks": False}, **changes)
+        changes |= {"policy": policy, "steps": STEPS, "output": {"checks": False}, "sampling": LOUD}
+        made = small_rl(folder / name, **changes)
         before = {key: p.detach().to(device, copy=True) for key, p in policy.module.named_parameters()}
         code = made.run().exit_code
         assert code == 0, f"exit code {code}"

@@ -117,6 +117,7 @@ class VLLMEngine:
         reattention: Reattention,
         *,
         seed: int,
+        places: Sequence[int] | None = None,
     ) -> list[tuple[Rollout, ...]]:
         if n < 1:
             raise ValueError(f"generate was asked for n={n} rollouts per prompt. Ask for at least 1.")
@@ -132,7 +133,7 @@ class VLLMEngine:
         )
         rows = [
             Row(prompt=prompt, place=place, member=member)
-            for place, prompt in enumerate(prompts)
+            for place, prompt in zip(places or range(len(prompts)), prompts, strict=True)
             for member in range(n)
         ]
         backend = self._awake()

@@ -1,4 +1,5 @@
-"""Logits and what stands around them: tiles of the vocabulary, as in `head.py`.
+"""Logits and what stands around them: tiles of the vocabulary, as in `head.py`; for an exact KL those of the
+reference beside the policy's.
 
 Of up to `chunk` trained tokens the logits are kept for the way back, of more they are made twice, so that
 only a tile exists at one time.
@@ -17,8 +18,9 @@ FLOAT = 4
 def kept(job: Job, one: Pass) -> float:
     """Between the way there and the way back: logits, and the hidden states that they came from."""
     text, training = job.shape.text, job.training
-    logits = one.trained * text.vocabulary * FLOAT if one.trained <= training.chunk else 0
-    return logits + one.trained * text.width * training.w
+    sides = 1 + training.exact_kl
+    logits = one.trained * text.vocabulary * FLOAT * sides if one.trained <= training.chunk else 0
+    return logits + one.trained * text.width * (training.w + training.exact_kl * training.c)
 
 
 def forward(job: Job, one: Pass, *, way_back: bool) -> float:
@@ -26,7 +28,7 @@ def forward(job: Job, one: Pass, *, way_back: bool) -> float:
     of the whole pass, of which the trained ones are taken."""
     training, text = job.training, job.shape.text
     columns, rows = _tile(job, one)
-    tiles = 1 if way_back and one.trained <= training.chunk else 2
+    tiles = (1 if way_back and one.trained <= training.chunk else 2) + training.exact_kl
     return columns * rows * FLOAT * tiles + _cast(job, columns) + one.tokens * text.width * training.w
 
 

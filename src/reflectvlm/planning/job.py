@@ -90,6 +90,8 @@ class Training:
     """Bits of an optimiser's moment; 32 stands for the weights' own dtype."""
     reference: bool = False
     """A copy for the KL term; with an adapter the model itself, its adapter switched off."""
+    exact_kl: bool = False
+    """The KL term compares whole distributions (`estimator: full`)."""
     gpu: bool = True
     bare: bool = False
     """Tensors alone, without what a process and its allocator take of a card."""

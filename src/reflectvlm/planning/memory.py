@@ -72,7 +72,7 @@ def _moment(job: Job, phase: str, name: str, gradient: float, **parts: float) ->
         "gradients": gradient,
         "optimiser": 0.0 if distill else always.optimiser,
         "reference": always.reference,
-        "buckets": 0.0 if distill else always.buckets,
+        "buckets": always.buckets if phase == "update" or job.compute.stage == 3 else 0.0,
     }
     if job.training.gpu and job.load.kind != "sft":  # graphs keep both between rollouts
         parts = {
@@ -162,7 +162,8 @@ def _update(job: Job) -> list[Moment]:
     """Of the first pass, which is the largest, and of a second one, in which all gradients exist already:
     at each instant the fuller one."""
     whole = held(job).gradients
-    found = _pass(job, largest_pass(job), 0.0)
+    # DeepSpeed's gradients are made by a pass without rows.
+    found = _pass(job, largest_pass(job), whole if job.compute.stage else 0.0)
     if (second := second_pass(job)) is not None:
         later = _pass(job, second, whole)
         found = [max(pair, key=lambda moment: moment.total) for pair in zip(found, later, strict=True)]
@@ -223,16 +224,20 @@ def _ends(job: Job, whole: float) -> list[Moment]:
         )
     ]
     if vision_memory.tower_trains(job):
-        going = vision_memory.again(job) + vision_memory.backward(job) - vision_memory.mergers(job)
-        found.append(_moment(job, "update", "vision tower on the way back", whole, activations=tower + going))
+        going = vision_memory.blocks(job) + vision_memory.again(job) + vision_memory.backward(job)
+        going += _features(job, back=True)
+        found.append(_moment(job, "update", "vision tower on the way back", whole, activations=going))
     found.append(_moment(job, "step", "optimiser", whole, buckets=_share(job)))
     return found
 
 
 def _tower(job: Job) -> float:
-    """What the tower keeps while the passes run, and the features with their gradient."""
+    """What the tower keeps while the passes run, and the features with their gradient. With ZeRO it keeps
+    nothing and is run once more in the end."""
     features = _features(job, back=vision_memory.tower_trains(job))
-    return vision_memory.blocks(job) + vision_memory.mergers(job) + features
+    return (
+        features if job.compute.stage else vision_memory.blocks(job) + vision_memory.mergers(job) + features
+    )
 
 
 def _share(job: Job) -> float:

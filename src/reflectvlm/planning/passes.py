@@ -47,6 +47,8 @@ class Pass:
 
 
 def largest_pass(job: Job) -> Pass:
+    """The first one. Of groups that are cut, the smaller last parts may fill a pass up to `micro_tokens`
+    better; that is left out."""
     load = job.load
     answers = _answers(load)
     width = load.prompt + answers * load.behind

@@ -105,6 +105,7 @@ def _training(values: Mapping[str, Any], policy: Mapping[str, Any], kind: str) -
         chunk=int(get(policy, "chunk", 256)),
         moments=8 if get(values.get("optimizer") or {}, "bits", 32) == 8 else 32,
         reference=kind == "rl" and bool(objective.get("kl")),
+        exact_kl=kind == "rl" and get(objective.get("kl") or {}, "estimator", "k3") == "full",
     )
 
 

@@ -126,5 +126,7 @@ def live(job: Job) -> float:
 
 
 def buckets(compute: Compute, trained: int) -> float:
-    """Numbers on their way between processes; none where there is nobody to send to."""
+    """Numbers on their way between processes: DeepSpeed makes its buffer whole, whatever the model."""
+    if compute.stage:
+        return float(compute.bucket)
     return float(min(compute.bucket, trained)) if compute.world > 1 else 0.0

@@ -45,8 +45,9 @@ class ScriptedEngine:
         reattention: Reattention,
         *,
         seed: int,
+        places: Sequence[int] | None = None,
     ) -> list[tuple[Rollout, ...]]:
-        del seed
+        del seed, places
         lines = [self._line(prompt, p, m, n, sampling) for p, prompt in enumerate(prompts) for m in range(n)]
         owners = [prompt for prompt in prompts for _ in range(n)]
         placed = place_insertions(self.policy, list(zip(owners, lines, strict=True)), reattention)

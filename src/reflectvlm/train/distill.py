@@ -134,6 +134,9 @@ class Distiller:
         mine = self.ranks.mine(len(prompts))
         drawn: dict[str, Any] = {"seed": seed} if self.ranks.world == 1 else {"seed": seed, "places": mine}
 
+        if sync := getattr(self.rollout_engine, "sync", None):
+            sync(0)  # the weights are those of the start, all the time
+
         def answered() -> list[Placed]:
             groups = self.rollout_engine.generate(
                 [prompts[place] for place in mine],

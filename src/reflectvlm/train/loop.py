@@ -100,14 +100,16 @@ class _Loop:
         trainer.prepare()
         if finished := self._finished():
             return finished
-        self.about = keeping.about(trainer)
+        with trainer.updater.weights.whole():
+            self.about = keeping.about(trainer)
         self._reserve(0.0)
         self._restore()
         self.trackers.start(
             {"name": self.folder.path.name, "steps": trainer.steps, "folder": str(self.folder.path)}
         )
         try:
-            self._introduce()
+            with trainer.updater.weights.whole():
+                self._introduce()
             ended = self._all_steps()
             return self._end() if ended else self._stopped()
         except Abandoned:

@@ -437,9 +437,8 @@ class RLTrainer:
         if self._reference_engine is not None:
             run = functools.partial(through, self._reference_engine)
             return score_without_grad(*asked, in_step=in_step, run=run)
-        if isinstance(self.reference, AdaptersOff) and in_step.on:
-            return score_without_grad(*asked, in_step=in_step, run=self.updater.weights.run)
-        return score_without_grad(*asked)
+        with self.updater.weights.whole():  # with adapters the reference is the policy itself
+            return score_without_grad(*asked)
 
     def update(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
         """All updates on one set of rollouts; metrics are those of the last one. A process has its own

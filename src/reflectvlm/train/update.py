@@ -123,10 +123,10 @@ class Updater:
         collect the gradient of every micro-batch, which is sent back into the tower at the end."""
         run, features, in_step = self.weights.run, self.policy.features, self.weights.in_step
         parts = self.in_step.image_parts(image_parts(batch.images, self.micro_tokens))
-        opened = self._open(any(parts)) if in_step else None
+        touched = self._touch(any(parts)) if in_step else None
         with torch.no_grad() if in_step else contextlib.nullcontext():
             first = run(functools.partial(features, parts[0]))
-        tower = first.requires_grad if opened is None else opened
+        tower = first.requires_grad if touched is None else touched
         shown = first
         if len(parts) > 1:
             # Many images: keep no graph now, and run the tower once more, part by part, on the way back.
@@ -137,31 +137,34 @@ class Updater:
         pieces = self.in_step.passes(_passes(self.policy, batch, self.micro_tokens))
         compared = self._compared(parts)
         outputs = []
-        for number, rows in enumerate(pieces):
+        for rows in pieces:
             safe_point()
-            last = number == len(pieces) - 1 and not tower
             if rows is None:
-                self.weights.backward(run(self._nothing), last=last)
+                self.weights.backward(run(self._nothing))
             else:
                 piece = batch.rows(rows)
-                outputs.append(self._pass(piece, leaf, compared(piece), last=last))
+                outputs.append(self._pass(piece, leaf, compared(piece)))
         if tower and (leaf.grad is not None or in_step):
             grads = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
             for number, (part, grad) in enumerate(zip(parts, _by_part(grads, parts), strict=True)):
                 kept = number == 0 and not in_step
                 # As a number that can be sent back like any loss; its gradient is `grad`.
                 loss = (first * grad).sum() if kept else run(functools.partial(self._sent_back, part, grad))
-                self.weights.backward(loss, last=number == len(parts) - 1, again=True)
+                self.weights.backward(loss, again=True)
+        if in_step:
+            self._touch(any(parts), last=True)
         return outputs
 
     def _sent_back(self, images: Sequence[Patches], grad: Tensor) -> Tensor:
         return (self.policy.features(images) * grad).sum()
 
-    def _open(self, images: bool) -> bool:
-        """A pass without rows that comes before all others; tells whether the tower trains.
+    def _touch(self, images: bool, *, last: bool = False) -> bool:
+        """A pass through every layer that changes nothing, as the first and the last of an update; tells
+        whether the tower trains.
 
-        DeepSpeed overwrites its gradients in the first backward pass of an update and adds in the others.
-        What has no gradient in the first would be added to what is left of the update before.
+        DeepSpeed overwrites its gradients in the first backward pass of an update and adds in the others, and
+        with offload it sends to the host what has a gradient in the last. What is not in the first would be
+        added to what is left of the update before, and what is not in the last would be lost.
         """
         kept: list[bool] = []
 
@@ -170,12 +173,10 @@ class Updater:
             kept.append(shown.requires_grad)
             return self._nothing() + 0 * shown.sum()
 
-        self.weights.backward(self.weights.run(forward))
+        self.weights.backward(self.weights.run(forward), last=last)
         return kept[0]
 
-    def _pass(
-        self, piece: Batch, features: Tensor, reference: ReferenceStates | None, *, last: bool
-    ) -> LossOutputs:
+    def _pass(self, piece: Batch, features: Tensor, reference: ReferenceStates | None) -> LossOutputs:
         """One micro-batch, forward and back."""
         kept: list[LossOutputs] = []
 
@@ -184,13 +185,15 @@ class Updater:
             kept.append(self.objective(loss_inputs(piece, scores.logprobs, scores.entropy, scores.kl)))
             return kept[0].loss
 
-        self.weights.backward(self.weights.run(forward), last=last)
+        self.weights.backward(self.weights.run(forward))
         return kept[0]
 
     def _nothing(self) -> Tensor:
         """The loss of a pass that is made up: 0, through every layer."""
         row = self.in_step.row
-        return 0 * self.policy.score(row, self.policy.features(()), self.temperature).logprobs.sum()
+        scores = self.policy.score(row, self.policy.features(()), self.temperature)
+        # A policy may have banned the very token: 0 times minus infinity would be no number.
+        return 0 * scores.logprobs.nan_to_num(neginf=0.0).sum()
 
     def _compared(self, parts: Sequence[tuple[Patches, ...]]) -> Callable[[Batch], ReferenceStates | None]:
         """What the reference says about a micro-batch. Its features are computed once, here."""

@@ -50,7 +50,9 @@ def sharded(
     half = dtypes == {torch.bfloat16}
     settings = compute.deepspeed(max_grad_norm=max_grad_norm, half=half)
     engine = _engine(settings, model=module, optimizer=optimizer)
-    return Zero(engine=engine, order=order, ranks=ranks, stage=compute.stage, base=optimizer)
+    made = Zero(engine=engine, order=order, ranks=ranks, stage=compute.stage, base=optimizer)
+    made.make_moments()  # before the first step: DeepSpeed looks for those of all groups after that of one
+    return made
 
 
 def sharded_frozen(module: nn.Module, compute: Compute) -> Any:
@@ -136,7 +138,6 @@ class Zero:
     def load(self, module: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        self._make_moments()
         known = {id(one): one for group in self.order for one in group}
         named = self._named()
         names = {id(kept): name for name, kept in named.items()}
@@ -220,7 +221,7 @@ class Zero:
 
     @property
     def _stepped(self) -> bool:
-        return any(_MOMENTS[0] in state for state in self.base.state.values())
+        return float(self._steps()) > 0
 
     def _flat(self) -> list[Tensor]:
         optimizer = self.engine.optimizer
@@ -228,7 +229,7 @@ class Zero:
             return list(optimizer.fp32_partitioned_groups_flat)
         return list(optimizer.single_partition_of_fp32_groups)
 
-    def _make_moments(self) -> None:
+    def make_moments(self) -> None:
         """A share's moments exist only after its first step; a run that is taken up has them before."""
         for flat in self._flat():
             state = self.base.state[flat]
