@@ -123,7 +123,7 @@ def logits(model: Any, policy: QwenVL) -> Tensor:
     with torch.no_grad():
         features = policy.features(batch.images)
         embedded = policy.embed(batch.ids, batch.visual, features)
-        return model(inputs_embeds=embedded, position_ids=batch.positions).logits
+        return model(inputs_embeds=embedded.tokens, position_ids=batch.positions).logits
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])

@@ -261,13 +261,13 @@ from training import small_rl
 
 quick = {{"evaluation": None, "test": None, "output": {{"checks": False}}}}
 trainer = small_rl(Path({root!r}), steps=500, workers=2, **quick)
-take = trainer.feed.take
+share = trainer.feed.share
 def told(count, position):
-    found = take(count, position)
+    found = share(count, position)
     if position == 0:
         print(*trainer.feed._ahead.pids, flush=True)
     return found
-trainer.feed.take = told
+trainer.feed.share = told
 sys.exit(trainer.run().exit_code)
 """
 

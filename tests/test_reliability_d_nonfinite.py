@@ -134,8 +134,8 @@ def test_d1_rl_skips_one_of_its_updates(tmp_path):
     real = QwenVL.score
     calls = []
 
-    def spoilt(self, batch, features, temperature=1.0):
-        scores = real(self, batch, features, temperature)
+    def spoilt(self, batch, features, temperature=1.0, **named):
+        scores = real(self, batch, features, temperature, **named)
         if torch.is_grad_enabled():
             calls.append(1)
             if len(calls) == 2:

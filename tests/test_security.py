@@ -61,6 +61,7 @@ REFUSES = {"shell": True, "allow_pickle": True}
 """Arguments that no call may have."""
 ALLOWED = {
     ("rewards/worker.py", "pickle.loads"): "a call's arguments, which its own parent wrote into its pipe",
+    ("train/ranks.py", "pickle.loads"): "errors that processes of one run tell each other",
     ("train/prefetch_worker.py", "pickle.loads"): "rows, and errors, between a parent and its own workers",
 }
 

@@ -37,11 +37,11 @@ from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.rewards.rubric import Rubric
 from reflectvlm.rollout.intake import Intake
 from reflectvlm.train.feed import Feed
-from reflectvlm.train.runtime import Runtime
+from reflectvlm.train.weights import Whole
 from reflectvlm.train.update import score_without_grad
 
 PARTS: list[tuple[Any, str, str]] = [
-    (Feed, "take", "rows and images"),
+    (Feed, "share", "rows and images"),
     (Intake, "chunks", "prefill"),
     (Intake, "tokens", "decoding: layers"),
     (QwenVL, "logits", "decoding: head"),
@@ -50,13 +50,12 @@ PARTS: list[tuple[Any, str, str]] = [
     (QwenVL, "features", "vision tower"),
     (QwenVL, "hidden", "layers"),
     (QwenVL, "score", "head and packing"),
-    (Runtime, "backward", "backward"),
-    (Runtime, "clip", "gradient norm"),
-    (torch.Tensor, "backward", "backward, vision tower"),
+    (Whole, "backward", "backward"),
+    (torch.nn.utils, "clip_grad_norm_", "gradient norm"),
     (torch.optim.AdamW, "step", "optimiser"),
 ]
 """Who is timed, and as what. A name that has gone is an error: change it here too."""
-INSIDE = {"layers": ("prefill", "decoding: layers"), "backward, vision tower": ("backward",)}
+INSIDE = {"layers": ("prefill", "decoding: layers")}
 """These count as the part that called them, if it is one of those."""
 
 

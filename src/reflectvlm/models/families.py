@@ -104,7 +104,7 @@ def with_features(
     if len(features) == 0:
         return Embedded(tokens=tokens)
     places = (visual.flatten() >= 0).nonzero().flatten()
-    shown = features[visual.flatten()[places]]
+    shown = features[visual.flatten()[places]].to(tokens.dtype)
     first, *layers = shown.split(tokens.shape[-1], dim=-1)
     return Embedded(
         tokens=tokens.flatten(0, 1).index_copy(0, places, first).view_as(tokens),

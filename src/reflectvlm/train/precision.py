@@ -14,13 +14,14 @@ from torch import nn
 
 def check_trainable_dtype(module: nn.Module, compute: str | None) -> None:
     """Raises ValueError where float16 would spoil the weights or lose the gradients."""
+    trains = any(parameter.requires_grad for parameter in module.parameters())
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and parameter.dtype == torch.float16:
             raise ValueError(
                 f"The weight {name!r} is float16, in which an optimiser's step is 0 divided by 0. Train with "
                 "policy.dtype=float32, and policy.compute=bfloat16 for speed; float16 is for answering only."
             )
-        if compute is None and parameter.dtype == torch.float16:
+        if trains and compute is None and parameter.dtype == torch.float16:
             raise ValueError(
                 f"The weight {name!r} is float16 and policy.compute is null, so gradients pass through "
                 "float16, in which small ones vanish. Train with policy.compute=bfloat16; frozen weights may "
