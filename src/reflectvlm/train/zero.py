@@ -303,6 +303,15 @@ def _engine(settings: dict[str, Any], **parts: Any) -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    deepspeed.init_distributed(verbose=False)
+    if not torch.distributed.is_initialized():
+        _join_itself()
+    deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
     engine, *_ = deepspeed.initialize(config=settings, **parts)
     return engine
+
+
+def _join_itself() -> None:
+    """DeepSpeed wants a group also of a single process, e.g. for moments in host memory."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    os.environ.setdefault("LOCAL_RANK", "0")  # where DeepSpeed looks for its device
