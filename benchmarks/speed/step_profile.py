@@ -37,8 +37,8 @@ from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.rewards.rubric import Rubric
 from reflectvlm.rollout.intake import Intake
 from reflectvlm.train.feed import Feed
-from reflectvlm.train.weights import Whole
 from reflectvlm.train.update import score_without_grad
+from reflectvlm.train.weights import Whole
 
 PARTS: list[tuple[Any, str, str]] = [
     (Feed, "share", "rows and images"),
