@@ -101,7 +101,8 @@ def run_distillation(distiller: Distiller) -> Distilled:
     output = distiller.output
     name = "-".join(part for part in (distiller.name, distiller.variant) if part)
     opened = distiller.ranks.from_first(lambda: RunFolder.open(name, output, "batches.jsonl"))
-    with opened as folder, StopRequest(output.max_minutes) as stop:
+    lost = distiller.ranks.known_lost()
+    with lost, opened as folder, StopRequest(output.max_minutes) as stop:
         return _Run(distiller, folder, stop).run()
 
 

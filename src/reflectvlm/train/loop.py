@@ -56,7 +56,7 @@ def run_training(trainer: Trainable) -> RunResult:
     folder = ranks.from_first(
         lambda: RunFolder.open(name, output, "checkpoints", of_a_trainer, settings(trainer))
     )
-    with folder, StopRequest(output.max_minutes) as stop:
+    with ranks.known_lost(), folder, StopRequest(output.max_minutes) as stop:
         shown = name if output.resume in ("auto", "never") else folder.path.name
         return _Loop(trainer, folder, stop, shown).run()
 
@@ -108,7 +108,8 @@ class _Loop:
         )
         try:
             self._introduce()
-            ended = self._all_steps()
+            with phase("between steps"):
+                ended = self._all_steps()
             return self._end() if ended else self._stopped()
         except Abandoned:
             return self._stopped()

@@ -14,7 +14,9 @@ import datetime
 import functools
 import os
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -31,6 +33,8 @@ PATIENCE_MINUTES = 60.0
 
 LOST = 69
 """Exit code of a process that others have left alone (EX_UNAVAILABLE)."""
+TOLD = 70
+"""Exit code of a process that was told of another's error (EX_SOFTWARE)."""
 
 
 class LostRank(RuntimeError):
@@ -41,6 +45,8 @@ class LostRank(RuntimeError):
 
 class ElsewhereFailed(RuntimeError):
     """Another process told why it cannot go on."""
+
+    exit_code = TOLD
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -141,6 +147,31 @@ class Ranks:
         """Within the block this process waits for others, and an error is that one of them is not there."""
         return _Heard(self.rank)
 
+    @contextmanager
+    def known_lost(self) -> Iterator[None]:
+        """Within the block an error of the connection is that another is not there, wherever it comes from:
+        under ZeRO the layers themselves fetch weights from others."""
+        try:
+            yield
+        except LostRank:
+            raise
+        except RuntimeError as error:
+            if self.world > 1 and _CONNECTION.search(str(error)):
+                raise _lost(self.rank, error) from error
+            raise
+
+
+_CONNECTION = re.compile(r"gloo|NCCL|Connection (closed|reset)|TCPStore", re.IGNORECASE)
+"""What torch.distributed says when another process has gone."""
+
+
+def _lost(rank: int, error: RuntimeError) -> LostRank:
+    said = re.sub(r"^\[[^]]*\]\s*", "", (str(error).splitlines() or [type(error).__name__])[0])
+    return LostRank(
+        f"rank {rank} lost the other processes ({said.partition('. ')[0]}): one of them died or hangs. The "
+        "launcher says which; resume=auto goes on from the last checkpoint."
+    )
+
 
 class _Heard:
     """Waits for others; what then fails is that one of them is not there."""
@@ -154,12 +185,8 @@ class _Heard:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         self._waiting.__exit__(kind, error, trace)
-        if isinstance(error, RuntimeError):
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise LostRank(
-                f"rank {self.rank} lost the other processes ({first}): one of them died or hangs. The "
-                "launcher says which; resume=auto goes on from the last checkpoint."
-            ) from error
+        if isinstance(error, RuntimeError) and not isinstance(error, LostRank):
+            raise _lost(self.rank, error) from error
 
 
 def _told(error: BaseException) -> tuple[str, str, bytes | None]:
