@@ -56,9 +56,21 @@ class _Rank:
 
     def last_said(self) -> list[str]:
         """Its last three lines that have not been shown."""
+        self._heard_out()
+        return [line for line in self.said if line.strip() and not line.startswith(_SHOWN)][-3:]
+
+    def close(self) -> None:
+        """Also when the launcher ends with an error."""
+        if self.ended() is None:
+            self.process.kill()
+        self.process.wait()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self._heard_out()
+
+    def _heard_out(self) -> None:
         if self.listener is not None:
             self.listener.join(timeout=1)  # what it started may hold the stream open
-        return [line for line in self.said if line.strip() and not line.startswith(_SHOWN)][-3:]
 
     def told(self) -> str:
         """How it ended, or that it hangs, and in what."""
@@ -93,10 +105,8 @@ class Group:
                 failed = self._watch()
                 return self._end(failed) if failed is not None else self._stop_code() or 0
         finally:
-            for rank in self.ranks:  # also when this function is left by an error
-                if rank.ended() is None:
-                    rank.process.kill()
-                rank.process.wait()
+            for rank in self.ranks:
+                rank.close()
 
     def _start(self, local: int) -> _Rank:
         number = self.launch.node_rank * self.launch.processes + local
@@ -243,10 +253,11 @@ def _by_itself(rank: _Rank) -> tuple[int, float]:
 
 
 def _listen(stream: IO[str], rank: _Rank) -> None:
-    for line in stream:
-        rank.said.append(line)
-        if line.startswith(_SHOWN):
-            put_error(line)
+    with stream:
+        for line in stream:
+            rank.said.append(line)
+            if line.startswith(_SHOWN):
+                put_error(line)
 
 
 def _free_port() -> int:
