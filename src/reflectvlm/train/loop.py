@@ -260,6 +260,10 @@ class _Loop:
     # -- checkpoints ----------------------------------------------------------------------------
 
     def _save(self) -> None:
+        with phase("save"):
+            self._save_now()
+
+    def _save_now(self) -> None:
         loop = {
             "before": self.before,
             "begun": self.begun,
@@ -267,8 +271,7 @@ class _Loop:
             "left_out": self.left_out,
             "logged": self.jsonl.sizes(),
         }
-        with phase("save"):
-            tensors, state = keeping.snapshot(self.trainer, self.about, loop)
+        tensors, state = keeping.snapshot(self.trainer, self.about, loop)
         if not self.ranks.first:
             self.kept = self._place()
             return
@@ -289,7 +292,7 @@ class _Loop:
 
     def _save_surely(self) -> None:
         """The state as it is now is on the disk when this returns."""
-        with self._told_if_not_saved():
+        with phase("save"), self._told_if_not_saved():
             self.saver.wait()
         missing = self.saver.saved != self.done or self.kept != self._place()
         if self.ranks.agree(self.ranks.first and missing):
