@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +18,13 @@ import torch
 
 import reflectvlm
 from reflectvlm import pulse
+from reflectvlm.cli import main
 from reflectvlm.interrupt import Abandoned, abandonable, safe_point
+from reflectvlm.pulse import LOST, TOLD
 from reflectvlm.recipe_check import RecipeError
 from reflectvlm.train import group
 from reflectvlm.train.launch import Launch
-from reflectvlm.train.ranks import LOST, TOLD, ElsewhereFailed, LostRank, Ranks
+from reflectvlm.train.ranks import ElsewhereFailed, LostRank, Ranks
 from reflectvlm.train.signals import StopRequest, agreed
 
 STARTED = ("RANK", "WORLD_SIZE", pulse.VARIABLE)
@@ -31,6 +35,10 @@ def _of_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in STARTED:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pulse, "_own", pulse._Own())
+
+
+def with_paths() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(reflectvlm.__file__).parents[1])}
 
 
 # -- words ------------------------------------------------------------------------------------------
@@ -85,6 +93,28 @@ def test_a_process_that_was_started_starts_none(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(RecipeError, match=r"processes=… starts processes, but this is one of 8"):
         Launch.read(["processes=8"])
+
+
+def test_the_launcher_needs_no_torch() -> None:
+    """Bug: beside its processes the launcher takes seconds and hundreds of megabytes; and whoever is one of
+    them has imported torch before it was told how to share the cores."""
+    code = "import sys, reflectvlm.train.launch; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=with_paths(), check=False).returncode == 0
+
+
+@pytest.mark.parametrize("given", ["an hour", "0", "-1", "inf", "nan"])
+def test_a_patience_that_is_none_is_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a run that ends all its processes at once, or never."""
+    monkeypatch.setenv(pulse.TIMEOUT, given)
+    with pytest.raises(ValueError, match=f"REFLECTVLM_TIMEOUT is '{given}'. It must be a number of minutes"):
+        pulse.patience_minutes()
+
+
+@pytest.mark.parametrize("word", ["processes=2", "gpus=8", "nodes=2"])
+def test_doctor_refuses_what_it_has_no_use_for(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bug: "Recipe 'grpo' has no key 'processes'", of a word that train takes."""
+    assert main(["doctor", "recipe=grpo", word]) == 2
+    assert capsys.readouterr().err == f"error: doctor looks at a recipe in one process. Leave {word} out.\n"
 
 
 # -- signs of life ----------------------------------------------------------------------------------

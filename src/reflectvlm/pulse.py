@@ -17,6 +17,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 VARIABLE = "REFLECTVLM_PULSE"
+TIMEOUT = "REFLECTVLM_TIMEOUT"
+LOST = 69
+"""Exit code of a process that others have left alone (EX_UNAVAILABLE)."""
+TOLD = 70
+"""Exit code of a process that was told of another's error (EX_SOFTWARE)."""
 _LAYOUT = struct.Struct("<d?64s")
 """Time of the last beat (of the clock below), waits, phase."""
 clock = time.monotonic
@@ -85,6 +90,18 @@ def waiting() -> Iterator[None]:
     finally:
         _own.waits = before
         beat()
+
+
+def patience_minutes() -> float:
+    """How long a process may stand still, or wait for the others, before the run ends with an error."""
+    given = os.environ.get(TIMEOUT, "60")
+    try:
+        minutes = float(given)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < float("inf"):
+        raise ValueError(f"{TIMEOUT} is {given!r}. It must be a number of minutes, above 0.")
+    return minutes
 
 
 def create(path: Path) -> None:

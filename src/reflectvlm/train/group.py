@@ -24,8 +24,8 @@ from types import FrameType
 from typing import IO, TYPE_CHECKING, Any
 
 from reflectvlm import pulse
+from reflectvlm.pulse import LOST, TOLD
 from reflectvlm.train.printing import put_error
-from reflectvlm.train.ranks import LOST, PATIENCE_MINUTES, TOLD
 
 if TYPE_CHECKING:
     from reflectvlm.train.launch import Launch
@@ -94,7 +94,7 @@ class Group:
         self.ranks: list[_Rank] = []
         self.asked: int | None = None
         """The signal that this process was sent."""
-        self.patience = 60 * float(os.environ.get("REFLECTVLM_TIMEOUT", PATIENCE_MINUTES))
+        self.patience = 60 * pulse.patience_minutes()
 
     def run(self) -> int:
         try:
@@ -182,7 +182,7 @@ class Group:
         code = failed.process.returncode
         # Where an error of one has reached all, the first rank has told it.
         if hangs or code < 0 or not codes <= {code, TOLD}:
-            patience = f" (REFLECTVLM_TIMEOUT={self.patience / 60:g} minutes)" if hangs else ""
+            patience = f" ({pulse.TIMEOUT}={self.patience / 60:g} minutes)" if hangs else ""
             put_error(
                 f"error: {told}{patience}; all are ended. resume=auto goes on from the last checkpoint.\n"
             )

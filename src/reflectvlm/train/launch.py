@@ -28,7 +28,7 @@ from reflectvlm.train.group import Group
 
 ORPHANED = 300.0
 """Seconds in which a process may stop and save once its launcher has gone."""
-_WORDS = ("gpus", "processes", "nodes", "node_rank", "main_address", "main_port")
+WORDS = ("gpus", "processes", "nodes", "node_rank", "main_address", "main_port")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +64,8 @@ class Launch:
     @classmethod
     def read(cls, words: Sequence[str]) -> tuple[Launch | None, list[str]]:
         """The words of a command that say how it is started, and the others. None: in this process."""
-        given = {name: value for name, _, value in (word.partition("=") for word in words) if name in _WORDS}
-        rest = [word for word in words if word.partition("=")[0] not in _WORDS]
+        given = {name: value for name, _, value in (word.partition("=") for word in words) if name in WORDS}
+        rest = [word for word in words if word.partition("=")[0] not in WORDS]
         if not given:
             return None, rest
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:

@@ -23,18 +23,9 @@ from typing import Any, TypeVar
 import torch
 
 from reflectvlm.interrupt import Abandoned, by_itself
-from reflectvlm.pulse import waiting
+from reflectvlm.pulse import LOST, TOLD, patience_minutes, waiting
 
 T = TypeVar("T")
-
-PATIENCE_MINUTES = 60.0
-"""How long a process waits for the others before it ends with an error. `REFLECTVLM_TIMEOUT` changes it."""
-
-
-LOST = 69
-"""Exit code of a process that others have left alone (EX_UNAVAILABLE)."""
-TOLD = 70
-"""Exit code of a process that was told of another's error (EX_SOFTWARE)."""
 
 
 class LostRank(RuntimeError):
@@ -213,8 +204,7 @@ def _joined(world: int) -> Ranks:
     """Joins once per process."""
     from accelerate import PartialState
 
-    minutes = float(os.environ.get("REFLECTVLM_TIMEOUT", PATIENCE_MINUTES))
-    patience = datetime.timedelta(minutes=minutes)
+    patience = datetime.timedelta(minutes=patience_minutes())
     cuda = torch.cuda.is_available() and os.environ.get("REFLECTVLM_CPU") != "1"
     state = PartialState(cpu=not cuda, timeout=patience)
     assert state.num_processes == world, f"{state.num_processes} processes joined, WORLD_SIZE is {world}"
