@@ -19,7 +19,10 @@ import pytest
 from safetensors.torch import load_file
 
 import reflectvlm
+from chains import write_chain
 from held import WORK
+from reflectvlm import stages
+from reflectvlm.models.tiny import tiny_folder
 from training import logged
 
 HERE = Path(__file__).parent
@@ -42,6 +45,11 @@ output: {root: runs, resume: auto, save_every: 1, keep: 9, checks: false}
 Record = Callable[[str, object], None]
 
 
+def paths() -> dict[str, str]:
+    source = str(Path(reflectvlm.__file__).parents[1])
+    return {"PYTHONPATH": os.pathsep.join([str(HERE), source])}
+
+
 class Launched:
     """A command of two processes, in a folder of its own."""
 
@@ -51,9 +59,8 @@ class Launched:
         self.at = folder / self.mark
         self.at.mkdir()
         (folder / "mine.yaml").write_text(RECIPE)
-        source = str(Path(reflectvlm.__file__).parents[1])
         environment |= {
-            "PYTHONPATH": os.pathsep.join([str(HERE), source]),
+            **paths(),
             "OMP_NUM_THREADS": "1",
             "HELD_AT": str(self.at),
         }
@@ -208,6 +215,27 @@ def test_processes_end_with_their_launcher(tmp_path: Path) -> None:
     one.go()
     assert not one.left(IN_TIME)
     assert "stopped by SIGTERM after step 1 of 3; saved in" in one.told()
+
+
+@pytest.mark.timeout(600)
+def test_a_pipeline_in_two_processes(tmp_path: Path) -> None:
+    """Bug: two processes write one table, or one of them begins a folder of its own."""
+    folder, model = write_chain(tmp_path), tiny_folder(tmp_path / "tiny")
+    words = ("pipeline", str(folder / "pipe.yaml"), f"policy.path='{model}'", f"root={folder / 'runs'}")
+    done = subprocess.run(
+        [sys.executable, "-m", "reflectvlm", *words, "processes=2"],
+        env=os.environ | {**paths(), stages.VARIABLE: str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = (folder / "runs").iterdir()
+    assert len((run / "measured.jsonl").read_text().splitlines()) == 3
+    assert done.stdout.count("| taught twice |") == 1
+    made = [path.name.rpartition("-")[0] for path in (tmp_path / "cache" / "stages").iterdir()]
+    assert sorted(made) == ["ask", "cold", "learn", "learn"]
 
 
 # -- all of them ------------------------------------------------------------------------------------
