@@ -399,6 +399,8 @@ def test_an_error_that_reached_all_is_told_once(
 def test_a_run_that_was_stopped_keeps_its_code(run: Callable[..., tuple[int, str]]) -> None:
     """Bug: a scheduler takes a run that has saved itself for one that failed."""
     assert run("sys.exit(143)") == (143, "")
+    # Longer than what others have once one has failed: 3 s of 2 s.
+    assert run("time.sleep(0 if rank else 3); sys.exit(143)") == (143, "")
 
 
 def test_one_that_hangs_is_named_and_ended(

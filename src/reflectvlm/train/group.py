@@ -38,6 +38,8 @@ _LOOK = 0.1
 _SHOWN = "warning: rank"
 """Lines of other ranks that are shown as they come."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_STOPPED = {75, *(128 + number for number in _SIGNALS)}
+"""Exit codes of a run that was stopped (`signals.py`)."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -169,7 +171,8 @@ class Group:
     def _end(self, failed: _Rank) -> int:
         """Ends the others, tells what happened, and returns the exit code of all."""
         if failed.ended() is not None:
-            self._wait(GRACE)
+            # Of a run that was stopped and saved the first process may still wait for its trackers.
+            self._wait(self.patience if failed.ended() in _STOPPED else GRACE)
             failed = self._missed(failed)
         told, hangs = failed.told(), failed.ended() is None
         if hangs:
