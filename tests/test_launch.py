@@ -354,15 +354,17 @@ def test_processes_that_do_not_end_are_ended(run: Callable[..., tuple[int, str]]
     """Bug: one that waits where no signal reaches it holds its GPU until somebody looks."""
     started = time.monotonic()
     code, told = run(
-        "open(f'pid-{rank}', 'w').write(str(os.getpid()))\n"
         "if rank == 1: until('pid-0'); until('pid-2'); sys.exit(3)\n"
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "def clean(*_): open('cleaned', 'w').close(); sys.exit()\n"
+        "signal.signal(signal.SIGTERM, clean if rank else signal.SIG_IGN)\n"
+        "open(f'pid-{rank}', 'w').write(str(os.getpid()))\n"
         "time.sleep(600)",
         processes=3,
     )
     # 2 s to end by themselves, 0.5 s after SIGTERM, 0.5 s after SIGKILL; the rest is the start of Python.
     assert time.monotonic() - started < 30
     assert (code, "rank 1 ended with exit code 3" in told) == (3, True)
+    assert Path("cleaned").exists(), "one that would have ended by itself was not asked to"
     for rank in (0, 2):
         assert not Path(f"/proc/{Path(f'pid-{rank}').read_text()}").exists()
 
