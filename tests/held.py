@@ -15,16 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.rewards.lift import per_rollout
 from reflectvlm.rewards.rubric import Rubric
 from reflectvlm.rollout.decoding import Decoding
 from reflectvlm.train.checkpoint import CheckpointStore
+from reflectvlm.train.feed import Feed
 from reflectvlm.train.rl import RLTrainer
 from reflectvlm.types import Rollout
 
 WORK: dict[str, list[tuple[type, str]]] = {
-    "data": [(QwenVL, "prompt")],
+    "data": [(Feed, "_at")],
     "rollout": [(Decoding, "_prefill")],
     "reward": [(Rubric, "score")],
     "update": [(RLTrainer, "batch")],

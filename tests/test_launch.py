@@ -330,7 +330,10 @@ def run(
 def test_all_know_who_they_are(run: Callable[..., tuple[int, str]]) -> None:
     """Bug: two processes of one number; machines that count alike."""
     names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
-    code = f"open(f'rank-{{rank}}', 'w').write(' '.join(os.environ[name] for name in {names}))"
+    code = (
+        "assert os.getsid(0) == os.getpid(), 'Ctrl-C would come twice'\n"
+        f"open(f'rank-{{rank}}', 'w').write(' '.join(os.environ[name] for name in {names}))"
+    )
     assert run(code, nodes=2, node_rank=1, main_address="node-a", main_port=29500) == (0, "")
     assert Path("rank-2").read_text() == "2 0 4 2 node-a 29500"
     assert Path("rank-3").read_text() == "3 1 4 2 node-a 29500"
