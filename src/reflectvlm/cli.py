@@ -203,6 +203,10 @@ def _started(command: list[str], rest: list[str]) -> tuple[int | None, list[str]
 
 
 def _doctor(rest: list[str]) -> int:
+    from reflectvlm.train.launch import WORDS
+
+    if word := next((word for word in rest if word.partition("=")[0] in WORDS), None):
+        raise RecipeError(f"doctor looks at a recipe in one process. Leave {word} out.")
     recipe, overrides = _split("doctor", rest)
     with _own_log_lines():
         _quiet_transformers()
