@@ -313,5 +313,6 @@ def _engine(settings: dict[str, Any], **parts: Any) -> Any:
 def _join_itself() -> None:
     """DeepSpeed wants a group also of a single process, e.g. for moments in host memory."""
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     os.environ.setdefault("LOCAL_RANK", "0")  # where DeepSpeed looks for its device
