@@ -153,6 +153,17 @@ def test_moments_in_host_memory(tmp_path: Path, alone: Path) -> None:
 
 @needs_deepspeed
 @pytest.mark.timeout(300)
+def test_one_process_that_nobody_launched(tmp_path: Path, alone: Path) -> None:
+    """Bug: DeepSpeed asks MPI who it is, where one GPU with offload is all that is wanted."""
+    words = [sys.executable, str(HERE / "ranks_run.py"), str(tmp_path), "sft:zero2:offload=1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    done = subprocess.run(words, check=False, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert differences(alone / "sft-single", tmp_path / "sft-zero2", "model") < 1e-6
+
+
+@needs_deepspeed
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["zero1", "zero2"])
 def test_bfloat16_weights_have_float32_ones_beside_their_moments(tmp_path: Path, kind: str) -> None:
     """Bug: steps of 1e-6 on weights that are too coarse for them, so that nothing is ever learned; or weights

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -23,6 +24,7 @@ from reflectvlm.building import SOURCES, Runnable, completed, draft_of, record
 from reflectvlm.config import EVERY, OUTPUT, STAGES, Composed, compose, key_of, short_name, taken
 from reflectvlm.recipe_check import MISSING, RecipeError, arguments, locate, nearest
 from reflectvlm.train.distill import Distiller
+from reflectvlm.train.ranks import Ranks
 
 log = logging.getLogger("reflectvlm")
 
@@ -177,7 +179,8 @@ class Chain:
             values = self.resolved(stage, (*above, stage))
             rows = Path(values["data"]["path"]) if stage.values.get("data_from") else None
             folder = stages.stages_folder() / stages.stage_name(recipe, values, rows)
-            if made := find(folder):
+            # Another job may finish it at this very moment: all processes of this one must see the same.
+            if made := Ranks.joined().from_first(partial(find, folder)):
                 log.info("stage %s found in %s", short_name(recipe), folder)
             else:
                 self._read_data(above)

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -192,11 +193,12 @@ def _listing(folder: Path) -> list[tuple[str, int, int]]:
 
 def _problem(folder: Path) -> str | None:
     """Why no file can be made in `folder`; None if one can."""
-    probe = folder / f".probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        # A name that no other process has, also not one with the same number on another machine.
+        handle, probe = tempfile.mkstemp(prefix=".probe-", dir=folder)
+        os.close(handle)
+        os.unlink(probe)
     except OSError as error:
         return error.strerror or str(error)
     return None

@@ -126,7 +126,7 @@ class _Run:
         self.data = fingerprint(distiller.data)
 
     def run(self) -> Distilled:
-        if self.folder.finished:
+        if self.ranks.from_first(lambda: self.folder.finished):
             summary = json.loads(self.folder.summary.read_text(encoding="utf-8"))
             self.tally = Tally(**{name: summary[name] for name in Tally._fields})
             self.console.say(f"{self.folder.path} is finished; nothing to do")

@@ -104,20 +104,38 @@ def about(trainer: Trainable) -> dict[str, JSON]:
 
 
 _OF_EACH = "pending"
-"""What of a trainer's state each process has some of: a list. All else is the same in all of them."""
+"""What of a trainer's state each process has some of: groups, each with its row's position in the data, which
+says whose it is."""
+_RUBRIC, _RUBRICS = "rubric", "rubrics"
+"""Failures are counted by the process that asked. All else is the same in all of them."""
 
 
 def _joined(state: dict[str, JSON], ranks: Ranks) -> dict[str, JSON]:
-    if not ranks.agree(bool(state.get(_OF_EACH))):
+    if ranks.world == 1:
         return state
-    return state | {_OF_EACH: [one for part in ranks.gather(state[_OF_EACH]) for one in part]}
+    everybody = ranks.gather({name: state[name] for name in (_OF_EACH, _RUBRIC) if name in state})
+    joined = dict(state)
+    if _OF_EACH in state:
+        groups: list[Any] = [one for part in everybody for one in part[_OF_EACH]]
+        joined[_OF_EACH] = sorted(groups, key=_position)
+    if _RUBRIC in state:
+        joined[_RUBRICS] = [part[_RUBRIC] for part in everybody]
+    return joined
 
 
 def _part(state: Mapping[str, JSON], ranks: Ranks) -> dict[str, JSON]:
     """The state with this process's part of what was joined, however many there were then."""
-    if not state.get(_OF_EACH):
-        return dict(state)
-    return {**state, _OF_EACH: state[_OF_EACH][ranks.rank :: ranks.world]}
+    own = dict(state)
+    if _OF_EACH in own:
+        own[_OF_EACH] = [one for one in own[_OF_EACH] if _position(one) % ranks.world == ranks.rank]
+    if rubrics := own.pop(_RUBRICS, None):
+        worst = max(rubrics, key=lambda one: int(one["failed"]))  # nobody is given a new budget
+        own[_RUBRIC] = rubrics[ranks.rank] if len(rubrics) == ranks.world else worst
+    return own
+
+
+def _position(group: Mapping[str, Any]) -> int:
+    return int(group["position"])
 
 
 @contextlib.contextmanager

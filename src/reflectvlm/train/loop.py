@@ -408,18 +408,25 @@ class _Loop:
 
     def _finished(self) -> RunResult | None:
         """The result of a run that had already ended."""
-        if not self.folder.finished:
+        summary = self.ranks.from_first(self._summary)  # a shared disk may show others an earlier state
+        if summary is None:
             return None
-        summary = json.loads(self.folder.summary.read_text(encoding="utf-8"))
         self.console.say(f"{self.folder.path} is finished; nothing to do")
         return RunResult(
             folder=self.folder.path, before=summary["before"], after=summary["after"], finished=True
         )
 
+    def _summary(self) -> dict[str, Any] | None:
+        if not self.folder.finished:
+            return None
+        summary: dict[str, Any] = json.loads(self.folder.summary.read_text(encoding="utf-8"))
+        return summary
+
 
 def _seconds_to_save(module: nn.Module) -> float:
     """A guess for the first save: weights and two moments, half a gigabyte a second."""
-    return 1 + 3 * sum(one.numel() * one.element_size() for one in module.parameters()) / 5e8
+    sizes = (getattr(one, "ds_numel", one.numel()) * one.element_size() for one in module.parameters())
+    return 1 + 3 * sum(sizes) / 5e8
 
 
 def _due(step: int, every: int) -> bool:

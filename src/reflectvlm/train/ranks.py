@@ -136,7 +136,7 @@ class Ranks:
 
     def heard(self) -> _Heard:
         """Within the block this process waits for others, and an error is that one of them is not there."""
-        return _Heard(self.rank)
+        return _Heard(self)
 
     @contextmanager
     def known_lost(self) -> Iterator[None]:
@@ -167,8 +167,8 @@ def _lost(rank: int, error: RuntimeError) -> LostRank:
 class _Heard:
     """Waits for others; what then fails is that one of them is not there."""
 
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
 
     def __enter__(self) -> None:
         self._waiting = waiting()
@@ -176,17 +176,26 @@ class _Heard:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         self._waiting.__exit__(kind, error, trace)
-        if isinstance(error, RuntimeError) and not isinstance(error, LostRank):
-            raise _lost(self.rank, error) from error
+        if self.ranks.world > 1 and _of_the_network(error) and not isinstance(error, LostRank):
+            assert isinstance(error, RuntimeError)
+            raise _lost(self.ranks.rank, error) from error
+
+
+def _of_the_network(error: BaseException | None) -> bool:
+    """Gloo raises plain RuntimeErrors. Those with a type of their own, such as no memory left on a device,
+    are this process's."""
+    return type(error) is RuntimeError or isinstance(error, torch.distributed.DistError)
 
 
 def _told(error: BaseException) -> tuple[str, str, bytes | None]:
     """An error as what can travel: its kind, its text, and itself if it can be pickled."""
+    whole: bytes | None
     try:
         whole = pickle.dumps(error)
         pickle.loads(whole)  # noqa: S301 - our own bytes: some errors can be written and not read
     except Exception:  # noqa: BLE001 - any object may be inside of an error
-        whole = None
+        # What a user wrote wrong has one exit code everywhere.
+        whole = pickle.dumps(ValueError(str(error))) if isinstance(error, ValueError) else None
     return type(error).__name__, str(error), whole
 
 
@@ -194,7 +203,7 @@ def _raise_elsewhere(rank: int, problem: tuple[str, str, bytes | None]) -> None:
     kind, text, whole = problem
     if whole is not None:
         error = pickle.loads(whole)  # noqa: S301 - from a process of this run
-        if isinstance(error, ValueError):  # what a user wrote wrong has one exit code everywhere
+        if isinstance(error, ValueError):
             raise error
     raise ElsewhereFailed(f"rank {rank} failed: {kind}: {text}")
 

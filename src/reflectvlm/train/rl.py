@@ -244,7 +244,8 @@ class RLTrainer:
             with phase("update"):
                 metrics |= self.update(trained, step)
         if self.pending is not None:
-            metrics |= partial_metrics(scored, version, len(self.pending.waiting))
+            waiting = self.runtime.sum({"groups": len(self.pending.waiting)})["groups"]
+            metrics |= partial_metrics(scored, version, int(waiting))
         self._sync_reference(step)
         ended = time.perf_counter()
         tokens = sum(len(r.sampled_ids) for group in scored for r in group.rollouts)
@@ -341,6 +342,7 @@ class RLTrainer:
 
     def _gone_on(self, pending: Pending) -> list[Placed]:
         done: dict[int, tuple[Rollout, ...]] = {}
+        positions = [one.position for one in pending.waiting]  # they grow from the oldest group on
         with phase("rollout"), Early(self.rubric, on=self.overlap_rewards) as early:
             for number, group in pending.go_on(
                 self.rollout_engine, self.sampling, self.reattention, self.updates
@@ -349,8 +351,7 @@ class RLTrainer:
                 early.take(number, group)
             with phase("reward"):
                 scored = early.score([done[number] for number in sorted(done)], sorted(done))
-        places = [number * self.ranks.world + self.ranks.rank for number in sorted(done)]
-        return list(map(Placed, places, self._untruncated(scored)))
+        return list(map(Placed, [positions[number] for number in sorted(done)], self._untruncated(scored)))
 
     def rollouts(
         self,

@@ -114,9 +114,9 @@ class StopRequest:
 
 
 def agreed(ranks: Ranks, stop: StopRequest) -> bool:
-    """Whether some process was asked to stop; then all know why."""
+    """Whether some process was asked to stop; then all know why, and give the same reason."""
     told = ranks.gather((stop.reason, stop.exit_code) if stop.requested else None)
     asked = [one for one in told if one is not None]
-    if asked and not stop.requested:
+    if asked:
         stop.reason, stop.exit_code = asked[0]
     return bool(asked)

@@ -1,0 +1,159 @@
+"""What processes tell each other, and how one that waits tells its own errors from those of others."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from reflectvlm import pulse, stages
+from reflectvlm.train import keeping
+from reflectvlm.train.launch import Launch, _Group, _Rank
+from reflectvlm.train.loop import _seconds_to_save
+from reflectvlm.train.ranks import LostRank, Ranks
+from reflectvlm.train.signals import StopRequest, agreed
+
+
+class Two(Ranks):
+    """The second of two processes; the first has told `THEIRS`."""
+
+    THEIRS: Any = None
+
+    def gather(self, value: Any) -> list[Any]:
+        return [self.THEIRS, value]
+
+
+def two(theirs: Any) -> Ranks:
+    return type("Told", (Two,), {"THEIRS": theirs})(rank=1, world=2)
+
+
+class LongTale(ValueError):
+    """Can be written and not read: it is made of two things and keeps one."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+def test_what_the_network_says_is_a_lost_process() -> None:
+    """Bug: the error of gloo, from which nobody learns that another process died."""
+    with pytest.raises(LostRank, match="rank 1 lost the other processes"), Ranks(rank=1, world=2).heard():
+        raise RuntimeError("Connection closed by peer")
+
+
+def test_a_full_device_is_this_process_s_own_error() -> None:
+    """Bug: out of memory in a backward pass that also sends, told as a process that died."""
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"), Ranks(world=2).heard():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_one_process_loses_nobody() -> None:
+    """Bug: ZeRO in one process that tells any error of a pass as the loss of others."""
+    with pytest.raises(RuntimeError, match="shapes"), Ranks().heard():
+        raise RuntimeError("shapes do not fit")
+
+
+def test_a_mistake_of_the_user_is_a_value_error_in_all_processes() -> None:
+    """Bug: a row that is too long, read by rank 1: exit code 2 there and 1 in the others."""
+    problem = LongTale("a", "b")
+
+    def fail() -> None:
+        raise problem
+
+    sent: list[Any] = []
+
+    class Sends(Ranks):
+        def gather(self, value: Any) -> list[Any]:
+            sent.append(value)
+            return [value]
+
+    with pytest.raises(LongTale):
+        Sends(rank=1, world=2).together(fail)
+    with pytest.raises(ValueError, match="a and b"):
+        two(sent[0]).together(lambda: None)
+
+
+def test_all_stop_for_one_reason() -> None:
+    """Bug: one process ends with 143 and another, whose minutes were over as well, with 75."""
+    stop = StopRequest(max_minutes=0.0)
+    with stop:
+        assert agreed(two(("SIGTERM", 143)), stop)
+    assert (stop.reason, stop.exit_code) == ("SIGTERM", 143)
+
+
+def rubric(failed: int) -> dict[str, Any]:
+    return {"failed": failed, "recent": {}}
+
+
+def test_groups_that_wait_come_back_to_whom_their_rows_belong() -> None:
+    """Bug: after a resume groups in another order, or with other processes than before, so that sums round
+    otherwise and the run is not the unbroken one."""
+    own, theirs = ([{"position": at} for at in places] for places in ((3, 7), (2, 4)))
+    ranks = two({"pending": theirs, "rubric": rubric(0)})
+    joined = keeping._joined({"pending": own, "rubric": rubric(5), "updates": 1}, ranks)
+    assert joined["pending"] == [{"position": at} for at in (2, 3, 4, 7)]
+    assert keeping._part(joined, ranks)["pending"] == own
+    assert keeping._part(joined, Ranks())["pending"] == joined["pending"]
+
+
+def test_a_resumed_process_has_no_new_budget_of_failures() -> None:
+    """Bug: the first process's failures for all: a process whose reward server fails begins anew."""
+    ranks = two({"rubric": rubric(2)})
+    joined = keeping._joined({"rubric": rubric(5)}, ranks)
+    assert keeping._part(joined, ranks) == {"rubric": rubric(5)}
+    assert keeping._part(joined, Ranks(rank=0, world=2)) == {"rubric": rubric(2)}
+    assert keeping._part(joined, Ranks(rank=0, world=3)) == {"rubric": rubric(5)}
+    assert keeping._part({"rubric": rubric(1)}, ranks) == {"rubric": rubric(1)}
+
+
+def test_a_shared_weight_counts_whole() -> None:
+    """Bug: under zero3 a save that is thought to take one second, so that max_minutes ends in its middle."""
+    layer = torch.nn.Linear(1, 1, bias=False)
+    vars(layer.weight)["ds_numel"] = 10**9
+    assert _seconds_to_save(layer) == pytest.approx(1 + 3 * 4e9 / 5e8)
+
+
+def test_a_folder_is_tried_under_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: two processes of the same number on two machines that take each other's file away."""
+    monkeypatch.setenv(stages.VARIABLE, str(tmp_path))
+    (tmp_path / "stages" / f".probe-{os.getpid()}").mkdir(parents=True)
+    assert stages.stages_folder() == tmp_path / "stages"
+    assert len(list((tmp_path / "stages").iterdir())) == 1
+
+
+def started(folder: Path, number: int) -> _Rank:
+    at = folder / f"pulse-{number}"
+    pulse.create(at)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], text=True)
+    return _Rank(number=number, process=process, pulse=at)
+
+
+def test_a_run_that_a_signal_ended_at_its_start_says_so(tmp_path: Path) -> None:
+    """Bug: exit code 1, a failure, for a job that was preempted while its processes started."""
+    group = _Group(Launch(processes=1, on_gpu=False), [], tmp_path)
+    rank = started(tmp_path, 0)
+    group.ranks = [rank]
+    rank.process.send_signal(signal.SIGTERM)
+    rank.process.wait(10)
+    assert group._end(rank) == 143
+
+
+def test_processes_are_ended_if_another_cannot_start(tmp_path: Path) -> None:
+    """Bug: those that had started go on alone."""
+    made: list[_Rank] = []
+
+    class Short(_Group):
+        def _start(self, local: int) -> _Rank:
+            if local:
+                raise OSError("no more processes")
+            made.append(started(tmp_path, local))
+            return made[0]
+
+    with pytest.raises(OSError, match="no more"):
+        Short(Launch(processes=2, on_gpu=False), [], tmp_path).run()
+    assert made[0].ended() == -signal.SIGKILL
