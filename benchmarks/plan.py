@@ -20,15 +20,18 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from plan_cases import Case, cases, measured
+from plan_cases import Case, cases, measured, policy_of
 
+from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.planning import Compute, Moment, peak, predict
 from reflectvlm.planning.job import KINDS
+from reflectvlm.planning.measured import Watch
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -71,7 +74,12 @@ def main() -> int:
 def one(case: Case, compute: Compute | None) -> dict[str, Any]:
     """Measured and predicted bytes of a case, in this process."""
     torch.manual_seed(0)
-    job, real = measured(case, CACHE, compute)
+    return compared(case, partial(policy_of, case, CACHE), compute, Watch())
+
+
+def compared(case: Case, make: Callable[[], QwenVL], compute: Compute | None, watch: Watch) -> dict[str, Any]:
+    """The same of the policy that `make` makes, as `watch` sees it."""
+    job, real = measured(case, make, compute, watch)
     without = dataclasses.replace(job, training=dataclasses.replace(job.training, bare=True))
     moments = predict(without)
     return {

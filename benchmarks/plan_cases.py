@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,7 @@ def trainer_of(case: Case, policy: QwenVL, compute: Compute | None = None) -> RL
         "instruction": Instruction(),
         "rubric": Rubric(rewards={"number": _reward}, weights={"number": 1.0}),
         "steps": STEPS,
-        "optimizer": AdamW(lr=1e-6),
+        "optimizer": AdamW(lr=1e-6, bits=case.training.moments),
         "micro_tokens": case.micro_tokens,
     }
     if compute is not None:
@@ -212,13 +212,14 @@ def job_of(case: Case, policy: QwenVL, compute: Compute | None = None) -> Job:
     )
 
 
-def measured(case: Case, cache: Path, compute: Compute | None = None) -> tuple[Job, dict[str, int]]:
+def measured(
+    case: Case, make: Callable[[], QwenVL], compute: Compute | None, watch: Watch
+) -> tuple[Job, dict[str, int]]:
     """What the planner is told, and the peak of live bytes of each phase over the steps of a trainer, of all
     that was made since the model's first weight; of several processes, whose phases are their own affair,
     of whole steps."""
-    watch = Watch()
     with watch:
-        policy = policy_of(case, cache)
+        policy = make()
         made = trainer_of(case, policy, compute)
         made.prepare()
         for number in range(STEPS):

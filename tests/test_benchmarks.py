@@ -24,15 +24,17 @@ from reflectvlm.models.tiny import random_tiny
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 SPEED = FOLDER / "speed"
+SCALE = FOLDER / "scale"
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
-    """A module of benchmarks/speed by its name; none of them is left imported."""
-    monkeypatch.syspath_prepend(str(SPEED))
+    """A module of benchmarks/speed or benchmarks/scale by its name; none of them is left imported."""
+    for folder in (FOLDER, SCALE, SPEED):
+        monkeypatch.syspath_prepend(str(folder))
     yield importlib.import_module
     for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", "")).startswith(str(SPEED)):
+        if str(getattr(module, "__file__", "")).startswith((str(SPEED), str(SCALE))):
             del sys.modules[name]
 
 
@@ -43,6 +45,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
         "qwen_la",
         "torture",
         "overlap",
+        "scale/scale",
         "speed/compare",
         "speed/gpu",
         "speed/products",
@@ -390,3 +393,137 @@ def test_gpu_checks_hold_and_can_fail(
     monkeypatch.setattr(qwen_vl, "pack", lambda *given: seen_one_further(pack(*given)))
     gaps = checks.packing(policy, "dense", made)
     assert all(gap > most for gap, most in gaps.values()), gaps
+
+
+# -- scale on a GPU ------------------------------------------------------------------------------
+
+
+def test_scale_stages_run_at_tiny_size(tmp_path: Path) -> None:
+    """Bug: a script for a machine that is seldom at hand does not even start its stages, or loses results."""
+    stages = ("machine", "oracles", "lora")
+    command = ["bash", str(SCALE / "gpu_scale.sh"), "--device", "cpu", "--tiny", "--stages", *stages]
+    settings = {"OUT": str(tmp_path), "PYTHON": sys.executable}
+    subprocess.run(command, check=True, capture_output=True, env=environment() | settings)
+    lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert {line["stage"]: line["status"] for line in lines if line["what"] == "end"} == dict.fromkeys(
+        stages, 0
+    )
+    asked = [line for line in lines if line["what"] in ("oracle", "7B")]
+    assert [line for line in asked if line["ok"] is not True] == []
+    assert len(asked) == 10  # of each kind of question one, and a case
+    step = asked[-1]
+    assert set(step["phases"]) == {"rollout", "reference", "update"}
+    assert step["measured"] > 0
+    assert json.loads((tmp_path / "scale.json").read_text()) == lines
+    assert "it measures nothing" in (tmp_path / "scale.md").read_text()
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "gpu.jsonl",
+        "gpu.log",
+        "scale.json",
+        "scale.md",
+    ]
+
+
+def test_every_scale_stage_is_known_to_both_scripts(script: Callable[[str], Any]) -> None:
+    """Bug: a case is added, and the run does not start it; or its time is more than there is."""
+    run, stages = script("scale"), script("scale_stages")
+    assert list(run.STAGES) == list(stages.STAGES)
+    assert list(run.ALONE) == list(script("seven_b").CASES)
+    assert max(run.TOGETHER.values()) + max(run.ALONE.values()) < 440
+
+
+def test_scale_refuses_7b_on_a_cpu(script: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["scale.py", "--device", "cpu"])
+    with pytest.raises(SystemExit, match="2"):
+        script("scale").main()
+
+
+def test_every_recipe_is_asked_for_bfloat16(script: Callable[[str], Any]) -> None:
+    """Bug: a recipe is added and left out, or runs in float32 and nobody notices."""
+    small = script("small")
+    device = torch.device("cpu")
+    calls = dict(small.each_recipe(device))
+    assert sorted(calls) == sorted(small.recipes())
+    words = importlib.import_module("test_recipes").SMALL
+    numbers = {name: small.in_halves(name, words[name], Path("tiny"))[1] for name in calls}
+    assert numbers["grpo"] == numbers["qwen_la_route"] == "bfloat16 weights"
+    assert numbers["lookback_rl_7b"] == "bfloat16 products"
+    assert numbers["tiny_base"] == "bfloat16 products, set in Python"
+
+
+def test_scale_oracles_can_fail(script: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: questions that every answer passes. Here each image's rows of DeepStack are another's."""
+    oracles = script("oracles")
+    policy = oracles.on(torch.device("cpu"), "qwen3_vl")
+    asked = dict(oracles.questions(policy))
+    wrong = importlib.import_module("test_families").rows_of_neighbours
+    monkeypatch.setattr(qwen_vl, "with_features", wrong)
+    for name in ("scores, padded left", "COPY", "rollouts, copy"):
+        with pytest.raises(AssertionError):
+            asked[name]()
+    assert oracles.holds(lambda: 1e-6)["ok"] is True
+    assert oracles.holds(lambda: 1e-4)["ok"] is False
+    assert oracles.holds(lambda: float("nan"))["ok"] is False
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scale_checks_of_the_head_can_fail(
+    script: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Bug: limits so wide that a temperature which only one side has passes."""
+    oracles = script("oracles")
+    device = torch.device("cpu")
+    found = oracles.head(device, dtype, tokens=40)
+    assert all(gap <= most for gap, most in found.values()), found
+    fused = oracles.fused_scores_and_kl
+    monkeypatch.setattr(oracles, "fused_scores_and_kl", lambda *a, **k: fused(*a, **k | {"temperature": 0.8}))
+    wrong = oracles.head(device, dtype, tokens=40)
+    assert all(gap > most for gap, most in wrong.values()), wrong
+
+
+def test_a_case_that_does_not_fit_is_not_run(script: Callable[[str], Any]) -> None:
+    """Bug: minutes of a machine seldom at hand go into a step that the plan knows to fail."""
+    from reflectvlm.planning import Compute, Job, Load, Training
+    from reflectvlm.planning.cards import card
+    from reflectvlm.planning.reading import read_shape
+
+    seven_b = script("seven_b")
+    planned = Job(
+        shape=read_shape("Qwen/Qwen2.5-VL-7B-Instruct"),
+        training=Training(weights="bfloat16", checkpointing=True),
+        load=Load(prompt=1100, visual=1024, answer=256, group=8, prompts=2),
+    )
+    gpu = argparse.Namespace(device=torch.device("cuda"))
+    assert "by the plan" in seven_b.hindrance(gpu, planned, card("24GB"))
+    assert seven_b.hindrance(gpu, planned, card("H200")) is None
+    away = dataclasses.replace(planned, compute=Compute(kind="zero2", offload_optimizer=True))
+    # 8.3e9 numbers with 12 bytes, and 4 of a gradient.
+    told = seven_b.hindrance(gpu, away, card("H200"))
+    assert told is None or told.startswith("133 GB of host memory")
+
+
+def test_scale_page_says_what_failed_and_what_was_left_out(script: Callable[[str], Any]) -> None:
+    """Bug: a failed or skipped question is counted as one that holds, or not at all."""
+    step = {"what": "7B", "name": "lora", "case": "LoRA", "ok": True, "measured": 50e9, "plan": 60e9}
+    step |= {"predicted": 40e9, "at": "head", "seconds": {"rollout": 4.0, "update": 6.0}}
+    step |= {"plan_seconds": {"rollout": 3.0, "update": 5.0}, "card_used": 65e9}
+    lines = [
+        {"what": "recipe", "name": "grpo", "ok": True},
+        {"what": "recipe", "name": "tiny_base", "ok": False, "error": "no digits"},
+        {"what": "setting", "name": "zero9", "ok": None, "skipped": "deepspeed is not installed"},
+        {"what": "oracle", "name": "COPY", "ok": False, "gap": 0.5},
+        step,
+        step | {"measured": 39e9},
+        {"what": "7B", "name": "whole", "case": "all", "ok": None, "skipped": "too large", "plan": 200e9},
+        {"what": "end", "stage": "whole", "status": "time limit", "seconds": 60.0},
+    ]
+    page = script("scale_table").page(lines)
+    assert "| recipes take steps in bfloat16 | 1 | 1 | 0 |" in page
+    assert "float32 and bfloat16 | not asked |" in page
+    assert "- **tiny_base** (recipe): no digits" in page
+    assert "- zero9: not run, deepspeed is not installed" in page
+    assert "- **COPY** (oracle): difference 0.5" in page
+    assert "| LoRA | 4 | 6 | 10 | 8 | 50 | 40 | -20.0 % **beyond 15 %** | 65.0 | 60 | head |" in page
+    assert "| +2.6 % |" in page
+    assert "| all | not measured: too large |" in page
+    assert "- whole: time limit, 60.0 s" in page

@@ -90,8 +90,8 @@ def stock_ids(policy: QwenVL, rollout: Rollout) -> tuple[Tensor, list[int], list
         ids += [start, *[pad] * cells, end]
         images.append(span.image)
         chosen = range(cells) if span.keep is None else span.keep
-        kept.append(torch.tensor([first + cell for cell in chosen], dtype=torch.long))
-    return torch.tensor(ids)[None], images, kept
+        kept.append(torch.tensor([first + cell for cell in chosen], device=policy.device, dtype=torch.long))
+    return torch.tensor(ids, device=policy.device)[None], images, kept
 
 
 def stock_logits(policy: QwenVL, rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -100,18 +100,21 @@ def stock_logits(policy: QwenVL, rollout: Rollout) -> tuple[Tensor, Tensor]:
     model = policy.model
     model.model.rope_deltas = None
     grids = [rollout.prompt.grids[image] for image in images]
-    thw = torch.tensor([(g.frames, 2 * g.rows, 2 * g.columns) for g in grids]).reshape(-1, 3)
+    sides = [(g.frames, 2 * g.rows, 2 * g.columns) for g in grids]
+    thw = torch.tensor(sides, device=policy.device).reshape(-1, 3)
     types = (ids == policy.vision.pad).int()
     if all(len(k) == g.tokens for k, g in zip(kept, grids, strict=True)):
         pictures = {}
         if images:
-            pixels = torch.cat([rollout.prompt.patches[image].pixels for image in images]).to(model.dtype)
+            pixels = torch.cat([rollout.prompt.patches[image].pixels for image in images])
+            pixels = pixels.to(policy.device, model.dtype)
             pictures = {"pixel_values": pixels, "image_grid_thw": thw}
         with torch.no_grad():
             return model(input_ids=ids, mm_token_type_ids=types, **pictures).logits[0], ids[0]
     positions, _ = model.model.get_rope_index(ids, types, thw)
     with torch.no_grad():
-        pixels = torch.cat([rollout.prompt.patches[image].pixels for image in images]).to(model.dtype)
+        pixels = torch.cat([rollout.prompt.patches[image].pixels for image in images])
+        pixels = pixels.to(policy.device, model.dtype)
         made = model.model.get_image_features(pixels, thw, return_dict=True)
         features = torch.cat(list(made.pooler_output))
         embedded = model.get_input_embeddings()(ids).masked_scatter((types > 0)[..., None], features)

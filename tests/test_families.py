@@ -218,6 +218,7 @@ def stock_generated(policy: QwenVL, prompt: Prompt, tokens: int) -> tuple[int, .
         grids = [(g.frames, 2 * g.rows, 2 * g.columns) for g in prompt.grids]
         pictures["pixel_values"] = torch.cat([image.pixels for image in prompt.patches])
         pictures["image_grid_thw"] = torch.tensor(grids)
+    pictures = {name: tensor.to(policy.device) for name, tensor in pictures.items()}
     model = copy.deepcopy(policy.model)  # it keeps `rope_deltas`
     made = model.generate(
         input_ids=ids,

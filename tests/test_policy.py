@@ -44,7 +44,7 @@ def stock_logprobs(policy: QwenVL, prompt: Prompt, answer: Spans, temperature: f
     """The stock model's own forward on ids and pixels; its own positions; log-probs of the answer's
     words with reserved ids at minus infinity."""
     row = flatten(prompt.spans + answer, prompt.grids, policy.vision)
-    ids = torch.from_numpy(row.ids)[None]
+    ids = torch.from_numpy(row.ids)[None].to(policy.device)
     shown = [prompt.patches[s.image] for s in prompt.spans + answer if isinstance(s, Visual)]
     pictures: dict[str, Tensor] = {}
     if shown:
@@ -52,6 +52,7 @@ def stock_logprobs(policy: QwenVL, prompt: Prompt, answer: Spans, temperature: f
         pictures["image_grid_thw"] = torch.tensor(
             [[g.frames, g.rows * 2, g.columns * 2] for g in (i.grid for i in shown)]
         )
+    pictures = {name: tensor.to(policy.device) for name, tensor in pictures.items()}
     with torch.no_grad():
         out = policy.model(
             input_ids=ids,
@@ -62,7 +63,7 @@ def stock_logprobs(policy: QwenVL, prompt: Prompt, answer: Spans, temperature: f
     logits = out.logits[0].float() / temperature
     logits[:, list(policy.reserved_ids)] = float("-inf")
     logprobs = logits[:-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    return logprobs[torch.from_numpy(row.trained)[1:]]
+    return logprobs[torch.from_numpy(row.trained)[1:].to(policy.device)]
 
 
 def largest(ours: Tensor, batch: Batch, expected: Sequence[Tensor]) -> float:

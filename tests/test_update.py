@@ -53,7 +53,7 @@ def make_batch(policy: QwenVL, order: Sequence[int] = (0, 1, 2, 3)) -> Batch:
         (none, answer(8)),
     ]
     batch = policy.batch([rows[i] for i in order])
-    advantages = torch.tensor([1.0, -0.5, 0.7, -1.2])[list(order)]
+    advantages = torch.tensor([1.0, -0.5, 0.7, -1.2], device=policy.device)[list(order)]
     own = score_batch(policy, batch).logprobs.float()
     near = torch.where(batch.trained, own + 0.25 * torch.cos(batch.ids.float()), 0.0)
     reference = torch.where(batch.trained, own + 0.3, 0.0)

@@ -60,18 +60,20 @@ def main() -> None:
     print(text)
 
 
-def run(stage: str, limit: float, out: Path, tiny: bool) -> None:
+def run(
+    stage: str, limit: float, out: Path, tiny: bool, *, script: Path | None = None, log: str = "gpu.log"
+) -> None:
     """One stage with all that it starts; how it ended is a result too."""
     if limit < LEAST:
         say(out, stage, "end", skipped=f"{limit:.0f} s left")
         return
-    command = [sys.executable, str(HERE / "gpu_stages.py"), stage, "--out", str(out)]
+    command = [sys.executable, str(script or HERE / "gpu_stages.py"), stage, "--out", str(out)]
     started = time.monotonic()
-    with (out / "gpu.log").open("a", encoding="utf-8") as log:
-        log.write(f"== {stage}\n")
-        log.flush()
+    with (out / log).open("a", encoding="utf-8") as file:
+        file.write(f"== {stage}\n")
+        file.flush()
         process = subprocess.Popen(
-            [*command, *(["--tiny"] if tiny else [])], stdout=log, stderr=log, start_new_session=True
+            [*command, *(["--tiny"] if tiny else [])], stdout=file, stderr=file, start_new_session=True
         )
         try:
             code: int | str = process.wait(limit)

@@ -20,7 +20,7 @@ from reflectvlm import Digits, Implicit, InProcessEngine, Instruction, SamplingP
 from reflectvlm.batch import Batch
 from reflectvlm.models.new_tags import add_tags
 from reflectvlm.models.qwen_vl import QwenVL
-from reflectvlm.models.tiny import random_tiny
+from reflectvlm.models.tiny import TinyFamily, random_tiny
 from reflectvlm.models.tree_attention import Kind
 from reflectvlm.protocols import Reattention
 from reflectvlm.reattention import VisualCopy, VisualRoute
@@ -53,16 +53,21 @@ def all_checks(device: torch.device, say: Say) -> None:
         planned += [(f"{name}, {str(dtype)[6:]}", check) for name, check in the_checks(policy)]
     for late in (False, True):
         for label, check in (one for one in planned if ("(flex)" in one[0]) == late):
-            try:
-                found = check()
-                say("check", name=label, gaps=found, ok=all(gap <= most for gap, most in found.values()))
-            except Exception:  # noqa: BLE001 - one path that does not run must not hide the others
-                say("check", name=label, ok=False, error=traceback.format_exc()[-600:])
+            say_whether(label, check, say)
 
 
-def reflecting(device: torch.device, dtype: torch.dtype) -> QwenVL:
+def say_whether(label: str, check: Callable[[], Gaps], say: Say) -> None:
+    """One check, and whether it holds."""
+    try:
+        found = check()
+        say("check", name=label, gaps=found, ok=all(gap <= most for gap, most in found.values()))
+    except Exception:  # noqa: BLE001 - one path that does not run must not hide the others
+        say("check", name=label, ok=False, error=traceback.format_exc()[-600:])
+
+
+def reflecting(device: torch.device, dtype: torch.dtype, family: TinyFamily = "qwen2_5_vl") -> QwenVL:
     """Random weights, larger than usual, that often sample a reflection."""
-    policy = random_tiny()
+    policy = random_tiny(family=family)
     ids = list(add_tags(policy.model, policy.tokenizer, TAGS))
     with torch.no_grad():
         for name, weight in policy.module.named_parameters():

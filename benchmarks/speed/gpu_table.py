@@ -15,7 +15,7 @@ TARGETS = {
 
 
 def page(lines: Sequence[dict[str, Any]]) -> str:
-    device = _first(lines, "device")
+    device = first(lines, "device")
     out = ["# On a GPU", ""]
     if device:
         work = device["work"]
@@ -31,22 +31,22 @@ def page(lines: Sequence[dict[str, Any]]) -> str:
     for name, aim in TARGETS.items():
         value = found.get(name)
         out.append(f"| {name} | {aim:g} | {'not measured' if value is None else f'{value:.2f}'} |")
-    update, trl = (_first(lines, "update", side) for side in ("ours", "TRL"))
+    update, trl = (first(lines, "update", side) for side in ("ours", "TRL"))
     if update and trl and (names := different(update, trl)):
         out += [
             "",
             f"**The sides did different work: {', '.join(names)}.** They are not set against each other.",
         ]
     out += ["", *_sides(lines), "", *_checks(lines), "", "Stages:", ""]
-    out += [f"- {_ended(line)}" for line in lines if line["what"] == "end"]
+    out += [f"- {ended(line)}" for line in lines if line["what"] == "end"]
     return "\n".join(out) + "\n"
 
 
 def measured(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The targets' values, as far as both sides of each are there."""
-    copy, matmul = _first(lines, "copy"), _first(lines, "matmul")
+    copy, matmul = first(lines, "copy"), first(lines, "matmul")
     ours, plain = _best(lines, "ours"), _best(lines, "transformers")
-    update, trl = (_first(lines, "update", side) for side in ("ours", "TRL"))
+    update, trl = (first(lines, "update", side) for side in ("ours", "TRL"))
     values: dict[str, float] = {}
     if ours and copy:
         values["decode, share of the copy bandwidth"] = ours["bytes_per_second"] / copy["bytes_per_second"]
@@ -99,13 +99,13 @@ def _checks(lines: Sequence[dict[str, Any]]) -> list[str]:
     return out
 
 
-def _ended(line: dict[str, Any]) -> str:
+def ended(line: dict[str, Any]) -> str:
     if "skipped" in line:
         return f"{line['stage']}: not begun, {line['skipped']}"
     return f"{line['stage']}: {'ended well' if line['status'] == 0 else line['status']}, {line['seconds']} s"
 
 
-def _first(lines: Sequence[dict[str, Any]], what: str, side: str | None = None) -> dict[str, Any] | None:
+def first(lines: Sequence[dict[str, Any]], what: str, side: str | None = None) -> dict[str, Any] | None:
     for line in lines:
         if line["what"] == what and (side is None or line["side"] == side):
             return line

@@ -93,8 +93,8 @@ and keep what it makes in $REFLECTVLM_CACHE, or ~/.cache/reflectvlm. start_from=
 from a model of yours, data_from=null data.path=… takes your rows.
 
 Exit codes: 0 done, 1 the run failed, 2 something you wrote is wrong; 143, 130 or 129 stopped by SIGTERM,
-Ctrl-C or SIGHUP, 75 by max_minutes (saved; go on with resume=auto). REFLECTVLM_TRACEBACK=1 shows where an
-error comes from.
+Ctrl-C or SIGHUP, 75 by max_minutes (saved; go on with resume=auto); 69 and 70 in one of several processes
+that another has left alone, or told of its error. REFLECTVLM_TRACEBACK=1 shows where an error comes from.
 """
 
 
@@ -203,6 +203,10 @@ def _started(command: list[str], rest: list[str]) -> tuple[int | None, list[str]
 
 
 def _doctor(rest: list[str]) -> int:
+    from reflectvlm.train.launch import WORDS
+
+    if word := next((word for word in rest if word.partition("=")[0] in WORDS), None):
+        raise RecipeError(f"doctor looks at a recipe in one process. Leave {word} out.")
     recipe, overrides = _split("doctor", rest)
     with _own_log_lines():
         _quiet_transformers()

@@ -12,6 +12,8 @@ content. So its folder is treated as any run's: once any of it has changed, one 
 is and another folder is begun, and one that is unfinished is refused. All rows of a table then belong
 together, and their seconds to one machine.
 
+Several processes (`gpus=8`) make the stages together; the first one asks the models, and the others wait.
+
 Left out: several seeds at once (one run each) and anything but greedy answers.
 """
 
@@ -24,6 +26,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -33,15 +36,17 @@ from reflectvlm.chain import Chain
 from reflectvlm.config import EVERY, OUTPUT, STAGES, Composed, compose, key_of, of_stage
 from reflectvlm.interrupt import Abandoned, abandonable
 from reflectvlm.protocols import Reattention, Reward
+from reflectvlm.pulse import phase
 from reflectvlm.recipe_check import RecipeError, check_recipe
 from reflectvlm.recipe_files import find_pipeline
 from reflectvlm.rewards.rubric import Rubric
 from reflectvlm.stages import digest_of
 from reflectvlm.train.evaluate import Evaluation
 from reflectvlm.train.measure import Figures, comparison, measure, share
+from reflectvlm.train.ranks import Ranks
 from reflectvlm.train.run import Output
 from reflectvlm.train.run_folder import RunFolder
-from reflectvlm.train.signals import StopRequest
+from reflectvlm.train.signals import StopRequest, agreed
 from reflectvlm.train.table import say
 from reflectvlm.types import Instruction
 
@@ -112,25 +117,31 @@ def run_pipeline(name: str, *words: str) -> PipelineResult:
     chain.check(*runs, named=True)
     identities = [chain.identity(row.recipe, row.overrides) for row in pipeline.table]
     output = pipeline.output
-    folder = RunFolder.create(
-        output.root,
-        _folder_name(composed),
-        recipe_yaml=record(name, {**composed.values, _IDENTITY: _identity(composed, pipeline, identities)}),
-        overrides=words,
-        resume=output.resume,
+    ranks = Ranks.joined()
+    opened = ranks.from_first(
+        lambda: RunFolder.create(
+            output.root,
+            _folder_name(composed),
+            recipe_yaml=record(
+                name, {**composed.values, _IDENTITY: _identity(composed, pipeline, identities)}
+            ),
+            overrides=words,
+            resume=output.resume,
+        )
     )
-    with folder:
+    with ranks.known_lost(), opened as folder:
         if folder.finished:
-            return _found(folder)
+            return _found(folder, ranks)
         models = [_model(chain, row, run) for row, run in zip(pipeline.table, runs, strict=True)]
         with StopRequest(output.max_minutes) as stop:
-            measured = _measure_all(pipeline, runs, models, identities, folder, stop)
+            measured = _measure_all(pipeline, runs, models, identities, folder, stop, ranks)
         if len(measured) < len(pipeline.table):
-            say(f"stopped by {stop.reason}; the same command goes on with {folder.path}")
+            if ranks.first:
+                say(f"stopped by {stop.reason}; the same command goes on with {folder.path}")
             return PipelineResult(
                 folder=folder.path, figures=measured, finished=False, exit_code=stop.exit_code
             )
-        return _end(pipeline, composed, models, identities, measured, folder)
+        return _end(pipeline, composed, models, identities, measured, folder, ranks)
 
 
 # -- what was asked for ---------------------------------------------------------------------------
@@ -201,23 +212,27 @@ def _measure_all(
     identities: Sequence[str],
     folder: RunFolder,
     stop: StopRequest,
+    ranks: Ranks,
 ) -> dict[str, Figures]:
     """Row after row; each is written down once it is measured."""
     file = folder.path / "measured.jsonl"
-    before = _measured(file)
+    before = ranks.from_first(lambda: _measured(file))
     figures: dict[str, Figures] = {}
     for row, run, model, identity in zip(pipeline.table, runs, models, identities, strict=True):
-        if stop.requested:
+        if agreed(ranks, stop):
             break
         if (known := before.get((row.name, model, identity))) is None:
+            ask = partial(_asked, pipeline, row, run.values, model)
             try:
-                with abandonable(lambda: stop.requested):
-                    known = _asked(pipeline, row, run.values, model)
+                with abandonable(lambda: stop.requested, alone=ranks.world == 1), phase("evaluation"):
+                    known = ranks.from_first(ask)
             except Abandoned:
+                agreed(ranks, stop)
                 break  # this row is measured anew by the next start
             line = {"row": row.name, "model": model, "identity": identity, **asdict(known)}
-            with file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(line) + "\n")
+            if ranks.first:
+                with file.open("a", encoding="utf-8") as out:
+                    out.write(json.dumps(line) + "\n")
             log.info("%s: accuracy %s in %.0f s", row.name, share(known.accuracy), known.seconds)
         figures[row.name] = known
     return figures
@@ -265,6 +280,7 @@ def _end(
     identities: Sequence[str],
     figures: Mapping[str, Figures],
     folder: RunFolder,
+    ranks: Ranks,
 ) -> PipelineResult:
     count = next(iter(figures.values())).answers
     drawn = comparison(f"{folder.path.name}: {count:,} held-out answers, greedy", figures)
@@ -279,16 +295,19 @@ def _end(
         f"`{command}`. Length: sampled tokens per answer. Inserted: tokens that re-attention put in per "
         "answer. Seconds: to generate all answers, after a short warm-up.\n"
     )
-    folder.write_summary({"command": command, "rows": rows}, f"{drawn.markdown}\n{legend}")
-    drawn.show()
-    say(f"table and figures are in {folder.path}")
+    if ranks.first:
+        folder.write_summary({"command": command, "rows": rows}, f"{drawn.markdown}\n{legend}")
+        drawn.show()
+        say(f"table and figures are in {folder.path}")
+    ranks.barrier()
     return PipelineResult(folder=folder.path, figures=figures, finished=True)
 
 
-def _found(folder: RunFolder) -> PipelineResult:
+def _found(folder: RunFolder, ranks: Ranks) -> PipelineResult:
     """The result of a pipeline that had already ended."""
     rows = json.loads(folder.summary.read_text(encoding="utf-8"))["rows"]
     names = [one.name for one in fields(Figures)]
     figures = {row["name"]: Figures(**{name: row[name] for name in names}) for row in rows}
-    comparison(f"{folder.path.name}: finished; nothing to do", figures).show()
+    if ranks.first:
+        comparison(f"{folder.path.name}: finished; nothing to do", figures).show()
     return PipelineResult(folder=folder.path, figures=figures, finished=True)

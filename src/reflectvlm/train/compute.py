@@ -71,9 +71,10 @@ class Compute:
 
     def deepspeed(self, *, max_grad_norm: float, half: bool) -> dict[str, Any]:
         """DeepSpeed's configuration. Passes, accumulation and the rate are ours; `half`: weights are bfloat16
-        on the device, with float32 ones beside the moments."""
+        on the device, with float32 ones beside the moments. For them DeepSpeed's stage 1 is an optimiser of
+        another kind, whose state a checkpoint could not hold, so gradients are shared as well."""
         zero: dict[str, Any] = {
-            "stage": self.stage,
+            "stage": max(2, self.stage) if half else self.stage,
             "contiguous_gradients": True,
             "overlap_comm": False,
             "reduce_bucket_size": self.bucket,

@@ -16,6 +16,7 @@ import numpy as np
 
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.protocols import Reattention, RolloutEngine
+from reflectvlm.pulse import phase
 from reflectvlm.reattention import Implicit, check_reattention
 from reflectvlm.rewards.rubric import Rubric
 from reflectvlm.rollout.engine import InProcessEngine
@@ -124,7 +125,8 @@ class Distiller:
 
     def prompts(self, batch: int) -> list[Prompt]:
         """The prompts of a batch, without the rows that `row_rules` leave out."""
-        return [prompt for prompt, _ in self.feed.these(self.places(batch))]
+        with phase("data"):
+            return [prompt for prompt, _ in self.feed.these(self.places(batch))]
 
     def answers(self, prompts: Sequence[Prompt], batch: int) -> list[ScoredGroup]:
         """Random numbers depend on the seed and the batch alone, so a restart draws the same ones."""
@@ -138,14 +140,16 @@ class Distiller:
             sync(0)  # the weights are those of the start, all the time
 
         def answered() -> list[Placed]:
-            groups = self.rollout_engine.generate(
-                [prompts[place] for place in mine],
-                self.samples_per_row,
-                self.sampling,
-                self.reattention,
-                **drawn,
-            )
-            return list(map(Placed, mine, self.rubric.score(groups)))
+            with phase("rollout"):
+                groups = self.rollout_engine.generate(
+                    [prompts[place] for place in mine],
+                    self.samples_per_row,
+                    self.sampling,
+                    self.reattention,
+                    **drawn,
+                )
+            with phase("reward"):
+                return list(map(Placed, mine, self.rubric.score(groups)))
 
         return shared(self.ranks, answered)[0]
 

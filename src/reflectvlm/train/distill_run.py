@@ -26,6 +26,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from reflectvlm.data.fingerprint import fingerprint
 from reflectvlm.interrupt import Abandoned, abandonable, committed
 from reflectvlm.protocols import Tracker
+from reflectvlm.pulse import phase
 from reflectvlm.rollout.placing import answer_spans, place_insertions, recorded
 from reflectvlm.train.checks import check_start
 from reflectvlm.train.checks_signal import NothingKept
@@ -101,7 +102,8 @@ def run_distillation(distiller: Distiller) -> Distilled:
     output = distiller.output
     name = "-".join(part for part in (distiller.name, distiller.variant) if part)
     opened = distiller.ranks.from_first(lambda: RunFolder.open(name, output, "batches.jsonl"))
-    with opened as folder, StopRequest(output.max_minutes) as stop:
+    lost = distiller.ranks.known_lost()
+    with lost, opened as folder, StopRequest(output.max_minutes) as stop:
         return _Run(distiller, folder, stop).run()
 
 
@@ -161,7 +163,8 @@ class _Run:
             row, what = self._row(prompt, group)
             lines += [row] if row else []
             tally = tally.plus(what)
-        self._append(lines, tally)
+        with phase("save"):
+            self._append(lines, tally)
         if groups:
             metrics = summarize(groups, distiller.tag) | {"kept": tally.kept / tally.asked}
             self.trackers.metrics(self.done, metrics | {"time/step": time.perf_counter() - started})

@@ -56,7 +56,7 @@ def run_training(trainer: Trainable) -> RunResult:
     folder = ranks.from_first(
         lambda: RunFolder.open(name, output, "checkpoints", of_a_trainer, settings(trainer))
     )
-    with folder, StopRequest(output.max_minutes) as stop:
+    with ranks.known_lost(), folder, StopRequest(output.max_minutes) as stop:
         shown = name if output.resume in ("auto", "never") else folder.path.name
         return _Loop(trainer, folder, stop, shown).run()
 
@@ -110,7 +110,8 @@ class _Loop:
         try:
             with trainer.updater.weights.whole():
                 self._introduce()
-            ended = self._all_steps()
+            with phase("between steps"):
+                ended = self._all_steps()
             return self._end() if ended else self._stopped()
         except Abandoned:
             return self._stopped()
@@ -261,6 +262,10 @@ class _Loop:
     # -- checkpoints ----------------------------------------------------------------------------
 
     def _save(self) -> None:
+        with phase("save"):
+            self._save_now()
+
+    def _save_now(self) -> None:
         loop = {
             "before": self.before,
             "begun": self.begun,
@@ -268,8 +273,7 @@ class _Loop:
             "left_out": self.left_out,
             "logged": self.jsonl.sizes(),
         }
-        with phase("save"):
-            tensors, state = keeping.snapshot(self.trainer, self.about, loop)
+        tensors, state = keeping.snapshot(self.trainer, self.about, loop)
         if not self.ranks.first:
             self.kept = self._place()
             return
@@ -290,7 +294,7 @@ class _Loop:
 
     def _save_surely(self) -> None:
         """The state as it is now is on the disk when this returns."""
-        with self._told_if_not_saved():
+        with phase("save"), self._told_if_not_saved():
             self.saver.wait()
         missing = self.saver.saved != self.done or self.kept != self._place()
         if self.ranks.agree(self.ranks.first and missing):

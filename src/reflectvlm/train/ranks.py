@@ -14,23 +14,18 @@ import datetime
 import functools
 import os
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
 from reflectvlm.interrupt import Abandoned, by_itself
-from reflectvlm.pulse import waiting
+from reflectvlm.pulse import LOST, TOLD, patience_minutes, waiting
 
 T = TypeVar("T")
-
-PATIENCE_MINUTES = 60.0
-"""How long a process waits for the others before it ends with an error. `REFLECTVLM_TIMEOUT` changes it."""
-
-
-LOST = 69
-"""Exit code of a process that others have left alone (EX_UNAVAILABLE)."""
 
 
 class LostRank(RuntimeError):
@@ -41,6 +36,8 @@ class LostRank(RuntimeError):
 
 class ElsewhereFailed(RuntimeError):
     """Another process told why it cannot go on."""
+
+    exit_code = TOLD
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -141,6 +138,31 @@ class Ranks:
         """Within the block this process waits for others, and an error is that one of them is not there."""
         return _Heard(self)
 
+    @contextmanager
+    def known_lost(self) -> Iterator[None]:
+        """Within the block an error of the connection is that another is not there, wherever it comes from:
+        under ZeRO the layers themselves fetch weights from others."""
+        try:
+            yield
+        except LostRank:
+            raise
+        except RuntimeError as error:
+            if self.world > 1 and _CONNECTION.search(str(error)):
+                raise _lost(self.rank, error) from error
+            raise
+
+
+_CONNECTION = re.compile(r"gloo|NCCL|Connection (closed|reset)|TCPStore", re.IGNORECASE)
+"""What torch.distributed says when another process has gone."""
+
+
+def _lost(rank: int, error: RuntimeError) -> LostRank:
+    said = re.sub(r"^\[[^]]*\]\s*", "", (str(error).splitlines() or [type(error).__name__])[0])
+    return LostRank(
+        f"rank {rank} lost the other processes ({said.partition('. ')[0]}): one of them died or hangs. The "
+        "launcher says which; resume=auto goes on from the last checkpoint."
+    )
+
 
 class _Heard:
     """Waits for others; what then fails is that one of them is not there."""
@@ -154,12 +176,9 @@ class _Heard:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         self._waiting.__exit__(kind, error, trace)
-        if self.ranks.world > 1 and _of_the_network(error):
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise LostRank(
-                f"rank {self.ranks.rank} lost the other processes ({first}): one of them died or hangs. The "
-                "launcher says which; resume=auto goes on from the last checkpoint."
-            ) from error
+        if self.ranks.world > 1 and _of_the_network(error) and not isinstance(error, LostRank):
+            assert isinstance(error, RuntimeError)
+            raise _lost(self.ranks.rank, error) from error
 
 
 def _of_the_network(error: BaseException | None) -> bool:
@@ -194,8 +213,7 @@ def _joined(world: int) -> Ranks:
     """Joins once per process."""
     from accelerate import PartialState
 
-    minutes = float(os.environ.get("REFLECTVLM_TIMEOUT", PATIENCE_MINUTES))
-    patience = datetime.timedelta(minutes=minutes)
+    patience = datetime.timedelta(minutes=patience_minutes())
     cuda = torch.cuda.is_available() and os.environ.get("REFLECTVLM_CPU") != "1"
     state = PartialState(cpu=not cuda, timeout=patience)
     assert state.num_processes == world, f"{state.num_processes} processes joined, WORLD_SIZE is {world}"

@@ -303,12 +303,16 @@ def _engine(settings: dict[str, Any], **parts: Any) -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    if "WORLD_SIZE" not in os.environ and not torch.distributed.is_initialized():
-        # One process that nobody launched: DeepSpeed would ask MPI who it is.
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-        os.environ.setdefault("LOCAL_RANK", "0")
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-    deepspeed.init_distributed(verbose=False)
+    if not torch.distributed.is_initialized():
+        _join_itself()
+    deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
     engine, *_ = deepspeed.initialize(config=settings, **parts)
     return engine
+
+
+def _join_itself() -> None:
+    """DeepSpeed wants a group also of a single process, e.g. for moments in host memory."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    os.environ.setdefault("LOCAL_RANK", "0")  # where DeepSpeed looks for its device
