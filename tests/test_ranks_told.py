@@ -14,7 +14,8 @@ import torch
 
 from reflectvlm import pulse, stages
 from reflectvlm.train import keeping
-from reflectvlm.train.launch import Launch, _Group, _Rank
+from reflectvlm.train.group import Group, _Rank
+from reflectvlm.train.launch import Launch
 from reflectvlm.train.loop import _seconds_to_save
 from reflectvlm.train.ranks import LostRank, Ranks
 from reflectvlm.train.signals import StopRequest, agreed
@@ -133,21 +134,11 @@ def started(folder: Path, number: int) -> _Rank:
     return _Rank(number=number, process=process, pulse=at)
 
 
-def test_a_run_that_a_signal_ended_at_its_start_says_so(tmp_path: Path) -> None:
-    """Bug: exit code 1, a failure, for a job that was preempted while its processes started."""
-    group = _Group(Launch(processes=1, on_gpu=False), [], tmp_path)
-    rank = started(tmp_path, 0)
-    group.ranks = [rank]
-    rank.process.send_signal(signal.SIGTERM)
-    rank.process.wait(10)
-    assert group._end(rank) == 143
-
-
 def test_processes_are_ended_if_another_cannot_start(tmp_path: Path) -> None:
     """Bug: those that had started go on alone."""
     made: list[_Rank] = []
 
-    class Short(_Group):
+    class Short(Group):
         def _start(self, local: int) -> _Rank:
             if local:
                 raise OSError("no more processes")
