@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,8 @@ class _Loop:
         self.no_signal: NoSignal | None = NoSignal()
         self.update_seconds = 0.0
         """Longest that the updates of a step have taken."""
+        self.gather_seconds = 0.0
+        """Longest that putting a checkpoint together has taken, before any of it is written."""
         self.left_out = 0
         """Batches without a finite loss so far."""
 
@@ -199,7 +202,7 @@ class _Loop:
         save = (
             2 * self.saver.seconds + 1 if self.saver.seconds else _seconds_to_save(self.trainer.policy.module)
         )
-        self.stop.reserve = self.update_seconds + save
+        self.stop.reserve = self.update_seconds + save + self.gather_seconds
 
     def _report(self, result: StepResult) -> None:
         self.trackers.metrics(self.done, result.metrics)
@@ -273,14 +276,17 @@ class _Loop:
             "left_out": self.left_out,
             "logged": self.jsonl.sizes(),
         }
+        started = time.monotonic()
         tensors, state = keeping.snapshot(self.trainer, self.about, loop)
+        self.gather_seconds = max(self.gather_seconds, time.monotonic() - started)
         if not self.ranks.first:
             self.kept = self._place()
             return
         with self._told_if_not_saved():
             self.saver.wait()  # an older one that failed must not keep this one from being tried
         with self._told_if_not_saved():
-            self.saver.save(self.done, tensors=tensors, state=state)
+            made = ("model", "optimizer") if self.trainer.updater.weights.gathers else ()
+            self.saver.save(self.done, tensors=tensors, state=state, ready=made)
             self.kept = self._place()
 
     @contextlib.contextmanager

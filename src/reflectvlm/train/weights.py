@@ -33,6 +33,8 @@ class Weights(Protocol):
 
     in_step: bool
     """Every process must make as many passes as the others, each through the same layers."""
+    gathers: bool
+    """What `state` gives was made for whoever asked; otherwise it is what is in use."""
 
     def run(self, function: Callable[[], T]) -> T:
         """A forward pass."""
@@ -73,6 +75,7 @@ class Whole:
     optimizer: torch.optim.Optimizer
     max_grad_norm: float
     in_step = False
+    gathers = False
 
     def run(self, function: Callable[[], T]) -> T:
         return function()
@@ -112,6 +115,7 @@ class Shared:
     bucket: int
     """Numbers that are added at one time."""
     in_step = False
+    gathers = False
 
     def __post_init__(self) -> None:
         self._one = Whole(module=self.module, optimizer=self.optimizer, max_grad_norm=self.max_grad_norm)

@@ -74,6 +74,7 @@ class Zero:
     base: torch.optim.Optimizer
     """The optimiser that DeepSpeed steps on its shares."""
     in_step = True
+    gathers = True
 
     @property
     def module(self) -> nn.Module:
