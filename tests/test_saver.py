@@ -77,7 +77,11 @@ def test_what_is_ready_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyP
     given = {"model": {"w": torch.ones(3)}, "rng": {"r": torch.zeros(2)}}
     written: dict[str, Any] = {}
     store = CheckpointStore(tmp_path)
-    monkeypatch.setattr(CheckpointStore, "save", lambda _, step, *, tensors, state: written.update(tensors))
+
+    def save(*_: Any, **named: Any) -> None:
+        written.update(named["tensors"])
+
+    monkeypatch.setattr(CheckpointStore, "save", save)
     saver = Saver(store)
     saver.save(1, tensors=given, state={}, ready=("model",))
     saver.wait()
