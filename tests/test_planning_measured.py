@@ -4,6 +4,7 @@ within 3. `benchmarks/plan.py` does the same for more cases and a larger model."
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import runpy
 import sys
@@ -68,7 +69,7 @@ CASES = {
 def test_a_step_takes_what_was_predicted(plan: Any, name: str, tmp_path: Path) -> None:
     """Bug: a part of the memory is left out, counted twice, or has another dtype than it is said to have."""
     case = plan.Case(name=name, **{"training": PLAIN} | CASES[name])
-    job, real = plan.measured(case, tmp_path)
+    job, real = plan.measured(case, functools.partial(plan.policy_of, case, tmp_path), None, Watch())
     moments = predict(job)
     assert peak(moments).total == pytest.approx(max(real.values()), rel=0.15)
     for phase, measured in real.items():
