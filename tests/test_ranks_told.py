@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from reflectvlm.train.launch import Launch
 from reflectvlm.train.loop import _seconds_to_save
 from reflectvlm.train.ranks import LostRank, Ranks
 from reflectvlm.train.signals import StopRequest, agreed
+from reflectvlm.train.update import Updater
 
 
 class Two(Ranks):
@@ -148,3 +151,13 @@ def test_processes_are_ended_if_another_cannot_start(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no more"):
         Short(Launch(processes=2, on_gpu=False), [], tmp_path).run()
     assert made[0].ended() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_peak_that_is_no_number_is_seen(order: tuple[int, int]) -> None:
+    """Bug: the largest of NaN and 2 is 2, or NaN, by which process comes first."""
+    told = [({"loss": 1.0}, {"ratio_gap": math.nan}), ({"loss": 2.0}, {"ratio_gap": 2.0})]
+    ranks = SimpleNamespace(gather=lambda _: [told[at] for at in order])
+    joined = Updater._joined(SimpleNamespace(runtime=SimpleNamespace(ranks=ranks)), [])  # type: ignore[arg-type]
+    assert joined["loss"] == 3.0
+    assert math.isnan(joined["ratio_gap"])

@@ -115,7 +115,8 @@ class Updater:
             for name, value in sums.items():
                 added[name] = added.get(name, 0.0) + value
             for name, value in peaks.items():
-                largest[name] = max(largest.get(name, -math.inf), value)
+                known = largest.get(name, -math.inf)
+                largest[name] = known if math.isnan(known) or value <= known else value
         return added | largest
 
     def _accumulate(self, batch: Batch) -> list[LossOutputs]:
