@@ -30,8 +30,8 @@ from plan_cases import Case, cases, measured, policy_of
 
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.planning import Compute, Moment, peak, predict
-from reflectvlm.planning.job import KINDS
 from reflectvlm.planning.measured import Watch
+from reflectvlm.train.compute import KINDS
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -161,7 +161,7 @@ def trainer_of(case: Case, policy: QwenVL, compute: Compute | None = None) -> RL
         "micro_tokens": case.micro_tokens,
     }
     if compute is not None:
-        common["compute"] = _spread(compute)
+        common["compute"] = compute.settings
     if case.kind == "sft":
         return SFTTrainer(rows_per_step=case.prompts, **common)
     return RLTrainer(
@@ -174,14 +174,6 @@ def trainer_of(case: Case, policy: QwenVL, compute: Compute | None = None) -> RL
         objective=ClippedSurrogate(kl=KL() if case.kl else None, reduce="token_mean"),
         **common,
     )
-
-
-def _spread(compute: Compute) -> Any:
-    """The trainers' own settings."""
-    from reflectvlm.train.compute import Compute as Settings
-
-    names = ("kind", "offload_optimizer", "offload_parameters", "bucket")
-    return Settings(**{name: getattr(compute, name) for name in names})
 
 
 def job_of(case: Case, policy: QwenVL, compute: Compute | None = None) -> Job:

@@ -88,6 +88,7 @@ def test_usual_lengths(capsys: pytest.CaptureFixture[str]) -> None:
         (["recipe=lookback_rl", "gpu=big"], "gpu is 'big'. Give memory"),
         (["recipe=lookback_rl", "policy.path=./nowhere"], "No config.json in './nowhere'"),
         (["recipe=lookback_rl", "prompt=10", "visual=20"], "cannot hold"),
+        (["recipe=lookback_rl", "gpus=2", "compute=single"], "compute is single, and gpus is 2"),
         (["gpus=2"], "plan needs recipe=NAME"),
         (["recipe=lookback_rl", "stepps=2"], "Did you mean steps?"),
     ],

@@ -114,11 +114,11 @@ def test_wrong_settings() -> None:
     """Bug: settings that cannot be are planned for."""
     with pytest.raises(ValueError, match="compute is single, and gpus is 2"):
         Compute(world=2)
-    with pytest.raises(ValueError, match="Offload needs zero1 to 3"):
+    with pytest.raises(ValueError, match="Take zero1, zero2 or zero3"):
         Compute(kind="ddp", world=2, offload_optimizer=True)
-    with pytest.raises(ValueError, match="needs zero3"):
+    with pytest.raises(ValueError, match="Take zero3"):
         Compute(kind="zero2", world=2, offload_parameters=True)
-    with pytest.raises(ValueError, match="compute is 'zero4'"):
+    with pytest.raises(ValueError, match=r"compute\.kind is 'zero4'"):
         Compute(kind="zero4")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="cannot hold 5 visual ones"):
         Load(prompt=4, answer=1, visual=5)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 from reflectvlm.planning.shapes import ModelShape
+from reflectvlm.train.compute import Compute as Settings
+from reflectvlm.train.compute import Kind
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Kind = Literal["single", "ddp", "zero1", "zero2", "zero3"]
 Attention = Literal["auto", "eager", "dense", "split", "varlen", "flex"]
 
-KINDS = get_args(Kind)
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -25,31 +25,34 @@ class Compute:
     """Moments and master weights are in the host's memory."""
     offload_parameters: bool = False
     """So are the weights that are not in use (zero3 only)."""
-    bucket: int = 50_000_000
+    bucket: int = Settings.bucket
     """Numbers that are sent at one time."""
     live: int = 1_000_000_000
     """zero3: most parameters that are whole at one time in an update: DeepSpeed's own default."""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"compute is {self.kind!r}. It must be one of {', '.join(KINDS)}.")
         if self.world < 1:
             raise ValueError(f"gpus is {self.world}. It must be at least 1.")
         if self.kind == "single" and self.world > 1:
             raise ValueError(
                 f"compute is single, and gpus is {self.world}. Use compute=ddp or one of zero1, zero2, zero3."
             )
-        if self.offload_optimizer and not self.stage:
-            raise ValueError(f"compute={self.kind} keeps its optimiser on the GPU. Offload needs zero1 to 3.")
-        if self.offload_parameters and self.stage < 3:
-            raise ValueError(
-                f"compute={self.kind} keeps its weights on the GPU. Offloading them needs zero3."
-            )
+        _ = self.settings  # which has its own rules
+
+    @property
+    def settings(self) -> Settings:
+        """What a trainer is given."""
+        return Settings(
+            kind=self.kind,
+            offload_optimizer=self.offload_optimizer,
+            offload_parameters=self.offload_parameters,
+            bucket=self.bucket,
+        )
 
     @property
     def stage(self) -> int:
         """0 without ZeRO (arXiv 1910.02054)."""
-        return int(self.kind[-1]) if self.kind.startswith("zero") else 0
+        return self.settings.stage
 
     def shared(self, stage: int) -> int:
         """Among how many processes something is divided from this stage on."""

@@ -72,12 +72,12 @@ def _shape(policy: Mapping[str, Any]) -> ModelShape:
 
 
 def _compute(values: Mapping[str, Any], gpus: int) -> Compute:
-    """`compute=zero2`, or a mapping with `kind`. One GPU needs none, and several share at least the work."""
+    """`compute=zero2`, or a mapping with `kind`; without any it is that of the trainers, ddp."""
     said = values.get("compute") or {}
     node: Mapping[str, Any] = {"kind": said} if isinstance(said, str) else said
-    kind = str(get(node, "kind", "single"))
-    if kind in ("single", "ddp"):
-        kind = "single" if gpus == 1 else "ddp"
+    kind = str(get(node, "kind", "ddp"))
+    if gpus == 1 and kind == "ddp":
+        kind = "single"
     return Compute(
         kind=kind,  # type: ignore[arg-type]
         world=gpus,
