@@ -13,15 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from reflectvlm import pulse, stages
 from reflectvlm.train import keeping
+from reflectvlm.train.compute import Compute
 from reflectvlm.train.group import Group, _Rank
 from reflectvlm.train.launch import Launch
 from reflectvlm.train.loop import _seconds_to_save
 from reflectvlm.train.ranks import LostRank, Ranks
 from reflectvlm.train.signals import StopRequest, agreed
 from reflectvlm.train.update import Updater
+from reflectvlm.train.zero import check_shareable
 
 
 class Two(Ranks):
@@ -161,3 +164,16 @@ def test_a_peak_that_is_no_number_is_seen(order: tuple[int, int]) -> None:
     joined = Updater._joined(SimpleNamespace(runtime=SimpleNamespace(ranks=ranks)), [])  # type: ignore[arg-type]
     assert joined["loss"] == 3.0
     assert math.isnan(joined["ratio_gap"])
+
+
+def test_what_zero_cannot_divide_is_refused() -> None:
+    """Bug: 8-bit moments beside the 32-bit ones of DeepSpeed, or a base in 4 bits cut in pieces."""
+    layer = nn.Linear(2, 2)
+    plain = torch.optim.AdamW(layer.parameters())
+    eight = type("AdamW8bit", (torch.optim.AdamW,), {"__module__": "bitsandbytes.optim"})(layer.parameters())
+    with pytest.raises(ValueError, match=r"optimizer\.bits is 8.*Set optimizer\.bits=32"):
+        check_shareable(layer, eight, Compute(kind="zero1"))
+    layer.weight.quant_state = object()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"base is quantised.*Take compute=zero2 or ddp"):
+        check_shareable(layer, plain, Compute(kind="zero3"))
+    check_shareable(layer, plain, Compute(kind="zero2"))

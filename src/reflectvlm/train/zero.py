@@ -26,6 +26,7 @@ from reflectvlm.interrupt import committed
 from reflectvlm.models.adapters import adapter_layers
 from reflectvlm.models.freezing import trained_rows
 from reflectvlm.train.compute import Compute
+from reflectvlm.train.optim import optimizer_bits
 from reflectvlm.train.ranks import Ranks
 
 T = TypeVar("T")
@@ -40,11 +41,7 @@ def sharded(
     max_grad_norm: float,
 ) -> Zero:
     """The model and its optimiser, in shares. The model object stays the same."""
-    if compute.stage == 3 and any(hasattr(one, "quant_state") for one in module.parameters()):
-        raise ValueError(
-            "compute is zero3, and the policy's base is quantised (policy.quantize): its weights cannot be "
-            "shared. Take compute=zero2 or ddp, where only adapters are trained anyway."
-        )
+    check_shareable(module, optimizer, compute)
     order = [[*group["params"]] for group in optimizer.param_groups]
     dtypes = {parameter.dtype for group in order for parameter in group}
     half = dtypes == {torch.bfloat16}
@@ -53,6 +50,21 @@ def sharded(
     made = Zero(engine=engine, order=order, ranks=ranks, stage=compute.stage, base=optimizer)
     made.make_moments()  # before the first step: DeepSpeed looks for those of all groups after that of one
     return made
+
+
+def check_shareable(module: nn.Module, optimizer: torch.optim.Optimizer, compute: Compute) -> None:
+    """Raises ValueError for what ZeRO cannot divide."""
+    quantised = any(hasattr(one, "quant_state") or hasattr(one, "SCB") for one in module.parameters())
+    if compute.stage == 3 and quantised:
+        raise ValueError(
+            "compute is zero3, and the policy's base is quantised (policy.quantize): its weights cannot be "
+            "shared. Take compute=zero2 or ddp, where only adapters are trained anyway."
+        )
+    if optimizer_bits(optimizer) == 8:
+        raise ValueError(
+            f"compute is {compute.kind}, and optimizer.bits is 8: ZeRO divides moments of 32 bits. Set "
+            "optimizer.bits=32, or take compute=ddp."
+        )
 
 
 def sharded_frozen(module: nn.Module, compute: Compute) -> Any:
