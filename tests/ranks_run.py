@@ -19,6 +19,7 @@ import torch
 
 from reflectvlm.data.digit_traces import DigitTraces
 from reflectvlm.data.digits import Digits
+from reflectvlm.ending import exit_with
 from reflectvlm.models.lora import LoRA
 from reflectvlm.models.qwen_vl import load_policy
 from reflectvlm.rollout.engine import InProcessEngine
@@ -126,11 +127,14 @@ def main(folder: str, *runs: str) -> int:
             continue
         pairs = (one.split("=") for one in settings)
         given = {name: int(value) if value.isdigit() else value for name, value in pairs}
-        code = trainer(Path(folder) / f"{which}-{kind}", which, kind, **given).run().exit_code
-        if code:
+        made = trainer(Path(folder) / f"{which}-{kind}", which, kind, **given)
+        if code := made.run().exit_code:
             return int(code)
+        if made.runtime.device != torch.device("cpu"):  # cpu:0 is another one: what "moves" there is copied
+            print(f"The device is {made.runtime.device}: weights left the memory that DeepSpeed shares.")
+            return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    exit_with(lambda: main(*sys.argv[1:]))

@@ -31,11 +31,11 @@ def values_of(store: CheckpointStore) -> set[float]:
     }
 
 
-def in_child(tmp_path: Path, script: str, *arguments: object) -> Any:
-    """What a script prints as JSON."""
+def in_child(tmp_path: Path, script: str, *arguments: object, seconds: float = 120) -> Any:
+    """What a script prints as JSON, within so many seconds."""
     file = tmp_path / "child.py"
     file.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n{script}")
     command = [sys.executable, str(file), str(tmp_path / "runs"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -135,7 +135,7 @@ def test_the_tower_s_attention_follows_the_device(
     monkeypatch.setattr(attention_choice, "flash_attn_missing", there)
     attention_choice._told.cache_clear()
     try:
-        with caplog.at_level(logging.INFO, logger="reflectvlm"):
+        with caplog.at_level(logging.DEBUG, logger="reflectvlm"):
             for _ in range(2):
                 settle_vision(policy.model, "auto", CUDA, torch.bfloat16)
                 assert tower(policy) == "flash_attention_2"

@@ -41,6 +41,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
 @pytest.mark.parametrize(
     "name",
     [
+        "attention",
         "insertion",
         "qwen_la",
         "torture",

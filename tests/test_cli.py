@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,16 @@ from typing import Any
 import pytest
 
 from reflectvlm import __version__, config
+from reflectvlm.attention_options import KEYS as ATTENTION
+from reflectvlm.attention_options import read_words
 from reflectvlm.cli import main
-from reflectvlm.recipe_files import pipelines, recipes
+from reflectvlm.cli_help import COMMANDS, help_of
+from reflectvlm.data_command import COMMANDS as DATA_COMMANDS
+from reflectvlm.generate_options import Given
+from reflectvlm.plan_command import OWN as PLAN
+from reflectvlm.recipe_files import evaluations, pipelines, recipes
 from reflectvlm.stages import StageStopped
+from reflectvlm.train.launch import WORDS as LAUNCH
 from reflectvlm.train.run import RunResult
 from reflectvlm.train.table import Table
 
@@ -50,10 +58,11 @@ def test_recipes_needs_no_torch_and_is_quick() -> None:
 def test_recipes_lists_all_with_descriptions(capsys: pytest.CaptureFixture[str]) -> None:
     """A recipe that is not listed is not found."""
     assert main(["recipes"]) == 0
-    lines, chains = (part.splitlines() for part in capsys.readouterr().out.split("\n\n"))
+    lines, tables, chains = (part.splitlines() for part in capsys.readouterr().out.split("\n\n"))
     assert [line.split()[0] for line in lines] == list(recipes())
+    assert [line.split()[0] for line in tables[1:]] == list(evaluations())
     assert [line.split()[0] for line in chains[1:]] == list(pipelines())
-    assert all(len(line.split()) > 3 for line in (*lines, *chains))
+    assert all(len(line.split()) > 3 for line in (*lines, *tables, *chains))
 
 
 def test_show_prints_a_recipe_that_loads(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -63,26 +72,72 @@ def test_show_prints_a_recipe_that_loads(capsys: pytest.CaptureFixture[str], tmp
     assert config.compose(str(tmp_path / "mine.yaml")).values["steps"] == 9
 
 
-def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
-    """Help has to name the commands, the grammar of overrides and the exit codes."""
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"reflectvlm {__version__}\n"
-    for words in ([], ["--help"], ["train", "-h"]):
-        assert main(words) == 0
-        out = capsys.readouterr().out
-        assert all(
-            word in out
-            for word in (
-                "train recipe=",
-                "pipeline qwen_la",
-                "resume=auto",
-                "+key=value",
-                "recipe:key=value",
-                "Exit codes",
-                "start_from",
-                "data_from",
-            )
-        )
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(list(words)) == 0
+    return capsys.readouterr().out
+
+
+def test_version_and_a_short_list(capsys: pytest.CaptureFixture[str]) -> None:
+    """Bug: a command that the list lacks, or a list of 130 lines."""
+    assert printed(capsys, "--version") == f"reflectvlm {__version__}\n"
+    for words in ([], ["--help"], ["-h"], ["help"]):
+        out = printed(capsys, *words)
+        assert [line.split()[0] for line in out.splitlines()[2 : 2 + len(COMMANDS)]] == list(COMMANDS)
+        assert "reflectvlm COMMAND --help" in out
+        assert "Exit codes" in out
+        assert out.count("\n") < 30
+    assert main(["nothing"]) == 2
+    assert f"only {', '.join(COMMANDS)}." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_its_own_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bug: `score --help` prints all commands' words; or a command's help does not say how it is used."""
+    out = printed(capsys, command, "--help")
+    assert out.startswith(f"reflectvlm {command}")
+    assert out == printed(capsys, "help", command) == printed(capsys, command, "-h")
+    examples = [line for line in out.splitlines() if line.startswith(f"  reflectvlm {command}")]
+    assert len(examples) >= 2
+    others = set(COMMANDS) - {command, "train", "recipes"}
+    assert not [name for name in others if f"  reflectvlm {name} " in out]
+    assert all(len(line) <= 112 for line in out.splitlines())
+
+
+@pytest.mark.parametrize("command", DATA_COMMANDS)
+def test_each_command_of_data_has_its_own_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bug: words without one line that shows how they go together."""
+    out = printed(capsys, "data", command, "--help")
+    assert out.startswith(f"reflectvlm data {command}")
+    examples = [line for line in out.splitlines() if line.startswith(f"  reflectvlm data {command} ")]
+    assert len(examples) >= 2
+
+
+def test_help_has_the_grammar_and_the_words(capsys: pytest.CaptureFixture[str]) -> None:
+    """Bug: a word that nobody can know of."""
+    train = printed(capsys, "train", "recipe=grpo", "--help")
+    for word in ("+key=value", "recipe:key=value", "resume=auto", "Exit codes", "start_from", "data_from"):
+        assert word in train
+    words = {
+        "train": LAUNCH,
+        "pipeline": LAUNCH,
+        "plan": PLAN,
+        "attention": ATTENTION,
+        "report": ("against", "out", "attention"),
+        "inspect": ("model", "rows"),
+    }
+    for command, keys in words.items():
+        out = printed(capsys, command, "--help")
+        assert [key for key in keys if f"{key}=" not in out] == [], command
+
+
+def test_examples_are_words_that_are_taken() -> None:
+    """Bug: an example of the help that the command refuses."""
+    for line in help_of("attention").splitlines():
+        if line.startswith("  reflectvlm attention"):
+            read_words(shlex.split(line)[2:])
+    for line in help_of("generate").splitlines():
+        if line.startswith("  reflectvlm generate"):
+            Given.read(shlex.split(line)[2:])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from reflectvlm.train.console import Console, colored, compare, duration, in_order, results, sparkline
+from reflectvlm.train.console import (
+    Console,
+    colored,
+    compare,
+    duration,
+    format_value,
+    in_order,
+    label_of,
+    results,
+    sparkline,
+)
 from reflectvlm.types import Prompt, Rollout, Sample, ScoredGroup
 
 
@@ -123,6 +133,10 @@ def test_the_last_table_says_each_thing_once() -> None:
         "reward/short",
         "unscored",
     }
+    # A rubric with another rule than the scorer's, in either column: both are told.
+    other = rates | rest | {"reward/accuracy": 0.75}
+    assert results(other) == rates | {"reward/accuracy": 0.75}
+    assert results(rates | rest, other) == rates | {"reward/accuracy": 0.5}
     # Without an accuracy the reward is what there is.
     assert results({"reward": 0.5, "reward/mine": 0.5}) == {"reward": 0.5, "reward/mine": 0.5}
     out = Terminal()
@@ -263,6 +277,17 @@ def test_table() -> None:
     Console("RL", 1, file=drawn, width=60).table("Held out", before, before)
     assert "+0.0 pp" in drawn.getvalue()
     assert "---" not in drawn.getvalue()
+
+
+def test_a_benchmark_s_shares_are_per_cent() -> None:
+    """Bug: accuracy as 44.2% above an official accuracy of 0.442; or points, 1495.2, as 149,520%."""
+    found = {"accuracy": 0.442, "official/accuracy": 0.442, "strict/f1": 0.442, "official/unscored": 0.25}
+    found |= {"strict/unscored": 0.25, "official/total": 1495.2, "strict/rating": 2.5}
+    shown = {key: format_value(key, value) for key, value in found.items()}
+    assert [*shown.values()] == ["44.2%", "44.2%", "44.2%", "25.0%", "25.0%", "1495", "2.5"]
+    assert [label_of(key, {}) for key in found][1:3] == ["official accuracy", "strict f1"]
+    assert label_of("official/total", {}) == "official total"
+    assert sorted(in_order(found)) == sorted(found)
 
 
 def test_order_and_small_parts() -> None:

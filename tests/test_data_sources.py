@@ -450,6 +450,9 @@ def test_misspelt_image_column(tmp_path: Path) -> None:
         ValueError, match=r"No row has a column 'None'.* data\.columns\.images=NAME, or .*=null"
     ):
         dataset(path, columns={"images": "None"})  # what columns.images=None on a command line is
+    spoken = written(tmp_path / "spoken.jsonl", line(1, messages=[]))
+    with pytest.raises(ValueError, match=r"or data=messages .* for rows of messages"):
+        dataset(spoken)
     with pytest.raises(ValueError, match=r"No row has a column 'uid'.* data\.columns\.id=NAME \(g"):
         text_only(path, columns={"images": None, "id": "uid"})
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'anwser'"):

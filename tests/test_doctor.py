@@ -74,7 +74,7 @@ def test_wrong_words(words: list[str], says: str, capsys: pytest.CaptureFixture[
 
 def test_help_names_it(capsys: pytest.CaptureFixture[str]) -> None:
     """Bug: a command that nobody finds."""
-    assert main(["--help"]) == 0
+    assert main(["doctor", "--help"]) == 0
     assert "reflectvlm doctor recipe=" in capsys.readouterr().out
 
 

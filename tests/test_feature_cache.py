@@ -28,7 +28,7 @@ from reflectvlm.models.tiny import random_tiny
 from reflectvlm.objectives import KL, ClippedSurrogate
 from reflectvlm.reattention import VisualCopy
 from reflectvlm.train.optim import AdamW
-from reflectvlm.train.rl import ReferenceSync
+from reflectvlm.train.reference_sync import ReferenceSync
 from reflectvlm.types import Grid, Instruction, Patches, SamplingParams
 from training import logged, reflecting_tiny, same_runs, small_brpo_copy, small_rl, small_sft
 

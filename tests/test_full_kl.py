@@ -18,7 +18,8 @@ from reflectvlm.models import qwen_vl
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.objectives import KL, ClippedSurrogate, grpo
 from reflectvlm.train.budget import passes
-from reflectvlm.train.rl import ReferenceSync, RLTrainer
+from reflectvlm.train.reference_sync import ReferenceSync
+from reflectvlm.train.rl import RLTrainer
 from reflectvlm.train.runtime import Runtime
 from reflectvlm.train.update import Updater, score_without_grad
 from reflectvlm.types import Prompt, Spans, Text, Visual

@@ -23,7 +23,8 @@ import pytest
 from fixtures import favour, make_policy, noise_image
 from reflectvlm import generate_command
 from reflectvlm.answer_card import card_file
-from reflectvlm.cli import HELP, main
+from reflectvlm.cli import main
+from reflectvlm.cli_help import help_of
 from reflectvlm.generate_command import Screen
 from reflectvlm.generate_options import (
     COLUMNS,
@@ -362,7 +363,7 @@ def test_a_file_that_answers_other_rows(tmp_path: Path, capsys: pytest.CaptureFi
         (["model=tiny"], r"model '\w{16}' → '\w{16}', reattention 'VisualCopy' → 'Implicit'. Give"),
         (
             ["reattention.limit=1"],
-            r"other settings: reattention.limit None → 1\. Give the old ones, or another",
+            r"other settings: reattention.limit None → 1\. Give the old ones to go on with it, or another",
         ),
         (["instruction=none"], "instruction.text 'Look twice.' → ''"),
         (
@@ -555,7 +556,7 @@ def test_a_misspelt_key_is_told_at_once() -> None:
 def test_help_names_every_key() -> None:
     """A key that help does not name is not found."""
     for key in (*COMMON, *POLICY, *SAMPLING, *ONE, *FILE, *COLUMNS):
-        assert f"{key}=" in HELP
+        assert f"{key}=" in help_of("generate")
 
 
 @pytest.mark.parametrize(

@@ -263,7 +263,12 @@ def test_web_addresses(tmp_path: Path) -> None:
         refused(url, tmp_path, "image too large", "100 bytes", ImageLimits(max_bytes=100))
         refused(url, tmp_path, "unreachable image", "switched off", ImageLimits(urls=False))
     with served(404, b"") as url:
-        refused(url, tmp_path, "unreachable image", "127.0.0.1/x.png' was refused by its server .status 404")
+        refused(
+            url,
+            tmp_path,
+            "unreachable image",
+            "127.0.0.1:[0-9]+/x.png' was refused by its server .status 404",
+        )
     refused(url, tmp_path, "unreachable image", r"cannot be reached \(ConnectionRefusedError\)")
     refused("http://[bad", tmp_path, "unreachable image", "cannot be reached")
     refused("s3://bucket/x.png", tmp_path, "unsupported image", "scheme 's3'")
@@ -306,7 +311,7 @@ def test_a_server_that_never_ends_is_left(tmp_path: Path) -> None:
         refused(
             f"{url}/slow.png", tmp_path, "unreachable image", r"cannot be reached \(TimeoutError\)", limits
         )
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 3.5
         refused(
             f"{url}/cut.png", tmp_path, "unreachable image", r"reached \(ConnectionAbortedError\)", limits
         )

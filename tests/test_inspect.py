@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from fixtures import make_policy, make_prompt
 from reflectvlm.batch import Batch
-from reflectvlm.cli import HELP, main
+from reflectvlm.cli import main
+from reflectvlm.cli_help import help_of
 from reflectvlm.inspect_command import Asked
 from reflectvlm.recipe_check import RecipeError
 from reflectvlm.train.dump import ABOUT, dump_batch
@@ -216,9 +217,9 @@ def test_a_checkpoint(run: RunResult, tmp_path: Path, capsys: pytest.CaptureFixt
         (["here"], "'here' holds several runs: here/run. Name one of them."),
         (["here/a.txt"], "'here/a.txt' is no dumped batch, no run's folder and no checkpoint."),
         (["here/model"], "'here/model' is a model. `reflectvlm generate model=here/model` asks it"),
-        (["here/run", "here/run"], "inspect shows one path, got 'here/run' and 'here/run'."),
+        (["here/run", "here/run"], "path is given twice: 'here/run' and 'here/run'. Give it once."),
         (["here/run", "row=3"], "inspect has no key 'row'. Did you mean rows?"),
-        (["here/run", "rows=-1"], "rows is '-1'. It must be a whole number, 0 or more."),
+        (["here/run", "rows=-1"], "rows is -1. It must be a whole number, 0 or more."),
         (["here/run", "--rows=1"], "there are no dashes"),
         (["here/dump", "model=here/none"], "here/dump is no whole dump: batch.safetensors is missing."),
     ],
@@ -252,7 +253,7 @@ def test_a_path_with_an_equals_sign(tmp_path: Path) -> None:
     assert Asked.read([str(tmp_path / "steps=2")]).path == tmp_path / "steps=2"
     with pytest.raises(RecipeError, match="inspect has no key"):
         Asked.read([str(tmp_path / "steps=3")])
-    assert "inspect runs/NAME" in HELP
+    assert "inspect runs/NAME" in help_of("inspect")
 
 
 def test_a_model_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

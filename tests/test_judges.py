@@ -39,8 +39,10 @@ from reflectvlm.rewards import (
     RuleJudge,
     Verdict,
 )
+from reflectvlm.rewards.chat_client import ChatClient
+from reflectvlm.rewards.chat_reply import BadReply, Refusal
 from reflectvlm.rewards.judge_cache import VerdictCache
-from reflectvlm.rewards.judge_reply import BadReply, Refusal, read_reply
+from reflectvlm.rewards.judge_reply import read_reply
 from reflectvlm.rewards.verdict import case_of
 from reflectvlm.types import Prompt, Rollout, Sample
 
@@ -285,7 +287,7 @@ def test_f3_the_server_says_when_to_come_back(serve: Any) -> None:
 
 def test_f3_pauses_grow_and_are_repeatable() -> None:
     """Bug: all processes come back in the same instant; or no two runs wait alike."""
-    one, same, other = (HttpJudge(url="http://h/v1", model="m", seed=seed) for seed in (0, 0, 1))
+    one, same, other = (ChatClient(url="http://h/v1", seed=seed) for seed in (0, 0, 1))
     pauses = [one._pause(None, "key", attempt) for attempt in range(8)]
     assert pauses == [same._pause(None, "key", attempt) for attempt in range(8)]
     assert pauses != [other._pause(None, "key", attempt) for attempt in range(8)]
@@ -561,7 +563,7 @@ def test_f3_a_judge_that_is_down_holds_up_no_stop(serve: Any, cases: int, bad: A
         server.script[:] = [bad]
         with pytest.raises(Abandoned), abandonable(lambda flag=flag: bool(flag)):
             ask_all()
-        assert time.perf_counter() - flag[0] < 1.0
+        assert time.perf_counter() - flag[0] < 3.0
         server.script[:] = [reply(200, GOOD)]
         assert ask(asked, "z").score == 1.0  # its place among those that may ask is free again
     assert [thread for thread in threading.enumerate() if thread.name.startswith("reward-")] == []
@@ -631,7 +633,7 @@ def test_rule_and_recorded_judge(tmp_path: Path) -> None:
     assert rule("?", "5", r"\boxed{5.0}").score == 1.0
     assert rule("?", "5", r"\boxed{6}") == Verdict(score=0.0, why="is not the gold answer")
     slow = RuleJudge(accuracy=Accuracy(kind="math", timeout=0.01))
-    assert slow("?", "2", r"\boxed{9^{9^{9^{9^{9}}}}}").score is None
+    assert slow("?", "2", r"\boxed{\int_0^1 \sqrt{x^7 + 3} \, dx}").score is None
     path = tmp_path / "said.jsonl"
     path.write_text(
         '{"question": "?", "gold": "5", "answer": "five", "score": 1, "why": "same"}\n'

@@ -155,6 +155,61 @@ def test_a_pulse_tells_time_phase_and_whether_it_waits(
     assert pulse.read(file).phase == "start"
 
 
+WRITES = """
+from reflectvlm import pulse
+
+pulse.begin()
+with pulse.phase("rollout"):
+    while True:
+        with pulse.phase("rollout"), pulse.waiting():
+            pass
+"""
+
+
+def test_a_file_without_any_pulse_is_told(tmp_path: Path) -> None:
+    """Bug: a launcher looks for ever at a file that was emptied, and notices nothing else any more."""
+    (tmp_path / "pulse").write_bytes(b"")
+    with pytest.raises(RuntimeError, match="holds no sign of life"):
+        pulse.read(tmp_path / "pulse")
+
+
+def test_a_pulse_is_whole_whenever_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a launcher looks while a process writes, reads a time of 0 and ends a run that is well."""
+    file = tmp_path / "pulse"
+    pulse.create(file)
+    monkeypatch.setenv(pulse.VARIABLE, str(file))
+    began = pulse.clock()
+    writer = subprocess.Popen([sys.executable, "-c", WRITES])
+    while pulse.read(file).phase == "start":
+        time.sleep(0.01)
+    try:
+        seen = {(one.phase, one.at < began - 1) for one in (pulse.read(file) for _ in range(40_000))}
+        assert writer.poll() is None, "it has written all the time"
+    finally:
+        writer.kill()
+        writer.wait()
+    assert seen <= {("start", False), ("rollout", False)}
+    assert ("rollout", False) in seen
+
+
+def test_a_process_that_died_while_it_wrote_has_a_pulse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: half a beat is read as one, or nothing is."""
+    file = tmp_path / "pulse"
+    pulse.create(file)
+    monkeypatch.setenv(pulse.VARIABLE, str(file))
+    pulse.begin()
+    pulse.beat()
+    before, whole = pulse.read(file), file.read_bytes()
+    pulse.beat()
+    after = file.read_bytes()
+    changed = [place for place, (one, other) in enumerate(zip(whole, after, strict=True)) if one != other]
+    for place in range(changed[0] + 1, changed[-1]):
+        file.write_bytes(after[:place] + whole[place:])
+        assert pulse.read(file) == before, place
+
+
 def test_the_phase_of_an_error_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: whoever dies of an error in the update is said to have died in its start."""
     file = tmp_path / "pulse"
@@ -468,6 +523,32 @@ def test_a_signal_to_the_launcher_reaches_all_once(
     )
     assert (ended, told) == (code, "")
     assert [Path(f"seen-{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+
+
+def test_a_signal_while_the_last_process_starts_reaches_it(
+    run: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: the launcher is told to stop after it has started a process and before it counts it among its own;
+    that one is never told, and nothing ends."""
+    start = group.Group._start
+
+    def slowly(self: group.Group, local: int) -> Any:
+        rank = start(self, local)
+        while local and not Path("sent").exists():
+            time.sleep(0.01)
+        return rank
+
+    monkeypatch.setattr(group.Group, "_start", slowly)
+    ended, told = run(
+        "seen = []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: seen.append(1))\n"
+        "open(f'there-{rank}', 'w').close(); until(f'there-{1 - rank}')\n"
+        "if rank == 0: os.kill(os.getppid(), signal.SIGTERM); open('sent', 'w').close()\n"
+        "end = time.monotonic() + 10\n"
+        "while not seen and time.monotonic() < end: time.sleep(0.01)\n"
+        "sys.exit(143 if seen else 5)"
+    )
+    assert (ended, told) == (143, "")
 
 
 def test_a_signal_before_anything_has_begun(run: Callable[..., tuple[int, str]]) -> None:

@@ -172,8 +172,9 @@ def killed(folder: Path, phase: str, rank: int, *words: str) -> None:
 
 
 def stopped(folder: Path, phase: str, rank: int, *words: str) -> None:
-    """SIGTERM of one process, in the second step."""
-    one = Launched(folder, *words, held=f"{phase}:{rank}:2")
+    """SIGTERM of one process, in the second step. A thread that is held at the disk lets training go on until
+    the next save: held in the second step, all might be done before the signal comes."""
+    one = Launched(folder, *words, held=f"{phase}:{rank}:{1 if phase == 'disk' else 2}")
     os.kill(one.held(), signal.SIGTERM)
     time.sleep(0.2)
     one.go()

@@ -179,4 +179,9 @@ def test_the_last_table_s_title_names_a_stage_without_its_digest(tmp_path, capsy
     settings = QUIET | {"test": small_sft(tmp_path).test, "steps": 1}
     run = small_sft(tmp_path, name="lookback_sft-0123456789abcdef", **settings).run()
     assert "### lookback_sft: held-out rows, greedy\n" in capsys.readouterr().out
-    assert (run.folder / "summary.md").read_text().startswith("### lookback_sft: held-out rows, greedy\n")
+    summary = (run.folder / "summary.md").read_text()
+    assert summary.startswith("### lookback_sft: held-out rows, greedy\n")
+    rows = len(settings["test"].data)
+    assert summary.endswith(
+        f"\n- accuracy: by the strict scorer of `reflectvlm eval`, over all {rows} rows\n"
+    )

@@ -58,6 +58,14 @@ def test_one_that_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert "reflectvlm.models.lora.LoRA" in said
 
 
+def test_a_tight_plan_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """Bug: a need that is within the plan's own error of the card's memory is promised to fit."""
+    _, said = plan(capsys, "recipe=lookback_rl_7b", "data.path=x", "gpus=8", "gpu=80GB")
+    assert "GiB; tight, for a plan may be 15% too low." in said
+    _, said = plan(capsys, "recipe=lookback_rl", "gpu=80GB")
+    assert "tight" not in said
+
+
 def test_several_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     """Bug: the whole step's prompts are planned for each GPU: 512 prompts on 8 are 64 each."""
     code, said = plan(capsys, "recipe=lookback_rl_7b", "data.path=x", "gpus=8", "gpu=H200", "--json")
@@ -80,6 +88,16 @@ def test_usual_lengths(capsys: pytest.CaptureFixture[str]) -> None:
     assert usual["seconds"]["step"] < most["seconds"]["step"]
 
 
+def test_an_answer_s_length_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """Bug: refused for a prompt that nobody has given. Of 512 tokens an answer of 400 leaves 112."""
+    words = ("recipe=lookback_sft", "gpu=24GB", "--json")
+    load = json.loads(plan(capsys, *words, "answer=400")[1])["load"]
+    assert (load["answer"], load["prompt"]) == (400, 112)
+    assert load["visual"] < 112
+    load = json.loads(plan(capsys, *words, "answer=511")[1])["load"]
+    assert (load["answer"], load["prompt"], load["visual"]) == (511, 1, 0)
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -88,7 +106,25 @@ def test_usual_lengths(capsys: pytest.CaptureFixture[str]) -> None:
         (["recipe=lookback_rl", "gpu=big"], "gpu is 'big'. Give memory"),
         (["recipe=lookback_rl", "policy.path=./nowhere"], "No config.json in './nowhere'"),
         (["recipe=lookback_rl", "prompt=10", "visual=20"], "cannot hold"),
+        (["recipe=lookback_rl", "prompt=3000"], "longer than max_prompt_tokens=512. Give fewer"),
+        (
+            ["recipe=lookback_sft", "prompt=400", "answer=200"],
+            "together 600 tokens, but the recipe leaves out",
+        ),
+        (
+            ["recipe=lookback_rl", "visual=3000"],
+            "visual= 3,000 tokens, but the recipe leaves out rows longer",
+        ),
+        (["recipe=lookback_sft", "visual=3000"], "visual= and answer= together 3,001 tokens, but"),
+        (["recipe=lookback_sft", "visual=200", "answer=400"], "visual= and answer= together 600 tokens"),
+        (["recipe=lookback_sft", "answer=600"], "a prompt and answer= together 601 tokens"),
         (["recipe=lookback_rl", "gpus=2", "compute=single"], "compute is single, and gpus is 2"),
+        (["recipe=lookback_rl", "nodes=2"], "plan takes no nodes: it counts all GPUs"),
+        (
+            ["recipe=lookback_rl", "policy=qwen2_5_vl_7b_qlora", "gpus=8", "compute=zero3"],
+            "compute is zero3, and policy.quantize is set",
+        ),
+        (["recipe=lookback_rl", "gpus=8", "compute=zero2", "+optimizer.bits=8"], "moments of 32 bits"),
         (["gpus=2"], "plan needs recipe=NAME"),
         (["recipe=lookback_rl", "stepps=2"], "Did you mean steps?"),
     ],

@@ -116,6 +116,8 @@ def test_wrong_settings() -> None:
         Compute(world=2)
     with pytest.raises(ValueError, match="Take zero1, zero2 or zero3"):
         Compute(kind="ddp", world=2, offload_optimizer=True)
+    with pytest.raises(ValueError, match=r"optimizer and compute\.offload_parameters: .* Take zero3, or"):
+        Compute(kind="ddp", world=2, offload_optimizer=True, offload_parameters=True)  # one error, not two
     with pytest.raises(ValueError, match="Take zero3"):
         Compute(kind="zero2", world=2, offload_parameters=True)
     with pytest.raises(ValueError, match=r"compute\.kind is 'zero4'"):

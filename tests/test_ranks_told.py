@@ -18,7 +18,7 @@ from torch import nn
 from reflectvlm import pulse, stages
 from reflectvlm.train import keeping
 from reflectvlm.train.compute import Compute
-from reflectvlm.train.group import Group, _Rank
+from reflectvlm.train.group import Group, _free_port, _Rank
 from reflectvlm.train.launch import Launch
 from reflectvlm.train.loop import _seconds_to_save
 from reflectvlm.train.ranks import LostRank, Ranks
@@ -177,3 +177,49 @@ def test_what_zero_cannot_divide_is_refused() -> None:
     with pytest.raises(ValueError, match=r"base is quantised.*Take compute=zero2 or ddp"):
         check_shareable(layer, plain, Compute(kind="zero3"))
     check_shareable(layer, plain, Compute(kind="zero2"))
+
+
+LEAVES = """
+import os, sys, time
+import torch.distributed
+from reflectvlm.train.ranks import Ranks, leaving
+
+rank, fails = int(os.environ["RANK"]), sys.argv[1] == "fails"
+try:
+    with leaving():
+        Ranks.joined().barrier()
+        if fails and rank == 1:
+            raise ValueError("a row")
+        time.sleep(2 * (rank == 0 and not fails))
+        began = time.monotonic()
+except ValueError:
+    pass
+print(rank, torch.distributed.is_initialized(), 0.0 if fails else time.monotonic() - began, flush=True)
+os._exit(0) if fails else None
+"""
+
+
+@pytest.mark.parametrize("ends", ["well", "fails"])
+def test_processes_leave_together(ends: str) -> None:
+    """Bug: one exits while threads of gloo run on, which abort it now and then after its last step; or one
+    that has failed waits for the others."""
+    port = str(_free_port())
+    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "REFLECTVLM_CPU": "1"}
+    shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", LEAVES, ends],
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ((0, 1) if ends == "well" else (1, 0))
+    ]
+    told = [one.communicate(timeout=60)[0].split() for one in started if ends == "well" or one is started[0]]
+    for one in started[1:] if ends == "fails" else ():
+        one.kill()
+        one.communicate()
+    assert [line[1] for line in told] == ["False"] * len(told)
+    if ends == "well":
+        waited = {line[0]: float(line[2]) for line in told}
+        assert waited["1"] > 1.5 > waited["0"]

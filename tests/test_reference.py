@@ -15,7 +15,7 @@ from reflectvlm.models.adapters import change_nothing, switched_off
 from reflectvlm.models.lora import LoRA
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.models.reference import AdaptersOff, make_reference
-from reflectvlm.train.rl import ReferenceSync
+from reflectvlm.train.reference_sync import ReferenceSync
 from reflectvlm.train.update import Scorer, score_without_grad
 from reflectvlm.types import SamplingParams, Text
 from test_lora import rows

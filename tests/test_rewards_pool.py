@@ -53,11 +53,11 @@ def pool() -> Iterator[WorkerPool]:
 
 def test_calls_run_side_by_side_and_come_by_place(pool: WorkerPool, path: str) -> None:
     """Bug: groups are scored one after another; or the value that is ready first goes to the first row."""
-    waits = [0.4, 0.0, 0.2]
+    waits = [1.0, 0.0, 0.5]
     pool.map(f"{path}:wait", [{"seconds": 0.0}] * 3, 20.0)
     start = time.perf_counter()
     assert pool.map(f"{path}:wait", [{"seconds": one} for one in waits], 20.0) == waits
-    assert time.perf_counter() - start < 0.6  # their sum
+    assert time.perf_counter() - start < 1.5  # their sum
     assert pool.map(f"{path}:wait", [], 1.0) == []
 
 

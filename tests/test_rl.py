@@ -161,24 +161,32 @@ class Breaking(list[Sample]):
         return super().__getitem__(index)
 
 
-def test_e2_a_bad_row_of_an_evaluation_is_left_out_and_told(tmp_path: Path, caplog: Any) -> None:
-    """Bug: an image of the test rows that has gone since ends a run, days in."""
+def test_e2_a_bad_row_of_an_evaluation_is_wrong_and_told(tmp_path: Path, caplog: Any) -> None:
+    """Bug: an image of the test rows that has gone since ends a run, days in; or raises its accuracy."""
     data = Breaking(Digits(split="validation", size=4))
     trainer = trainer_with(tmp_path, per_rollout(remainder))
     evaluation = Evaluation(data=data, max_tokens=4)
-    assert "rows" not in trainer.evaluate(evaluation)[0]
+    assert "missing" not in trainer.evaluate(evaluation)[0]
     data.broken = (2,)
     for _ in range(2):
         values, groups = trainer.evaluate(evaluation)
-        assert (values["rows"], len(groups)) == (3.0, 3)
-    assert caplog.text.count("row left out of the evaluation: rows.jsonl:2") == 1
+        assert (values["missing"], len(groups)) == (1.0, 3)
+    assert caplog.text.count("row of an evaluation that counts as wrong: rows.jsonl:2") == 1
+    assert evaluation.notes(values)[-1].startswith("not asked, and wrong: rows.jsonl:2: the file is gone")
+    strict = {"accuracy": 0.5, "strict/unscored": 0.25}
+    assert "all 4 rows, of which 25.0% could not be graded and are left out" in evaluation.notes(strict)[0]
+    assert "official" not in " ".join(evaluation.notes(values))
+    told = evaluation.notes({"official/f1": 0.5, "official/unscored": 0.5, "strict/f1": 0.4})[0]
+    assert told.startswith("official/…: by the benchmark's own rule, without the language model")
+    assert "so 50.0% of the rows could not be graded" in told
+    assert told.endswith("strict/f1: the same figure by the strict scorer")
     data.broken = range(4)
     with pytest.raises(ValueError, match=r"None of the 4 rows of an evaluation.*rows.jsonl:3.*Repair"):
         trainer.evaluate(evaluation)
     # One that the image processor refuses: 300 pixels by 1.
     odd = dataclasses.replace(Digits()[0], id="odd", images=(Image.new("RGB", (300, 1)),))
     values, _ = trainer.evaluate(Evaluation(data=[Digits()[0], odd], max_tokens=4))
-    assert values["rows"] == 1.0
+    assert values["missing"] == 1.0
     assert "It cannot be shown to the policy" in caplog.text
 
     class Gone(list[Sample]):
@@ -190,7 +198,7 @@ def test_e2_a_bad_row_of_an_evaluation_is_left_out_and_told(tmp_path: Path, capl
             return super().__getitem__(index)
 
     values, _ = trainer.evaluate(Evaluation(data=Gone(Digits(size=3)), max_tokens=4))
-    assert values["rows"] == 2.0
+    assert values["missing"] == 1.0
     assert "row 1 of the data: It cannot be read: FileNotFoundError: page-1.png" in caplog.text
 
 

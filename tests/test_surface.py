@@ -8,13 +8,15 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import reflectvlm
 from reflectvlm import protocols
 from reflectvlm.config import GROUPS, SHORT_NAMES
-from reflectvlm.recipe_files import recipes, recipes_folder
+from reflectvlm.eval import named
+from reflectvlm.recipe_files import evaluations, recipes, recipes_folder
 
 NAMES = [
     "Accuracy",
@@ -61,6 +63,9 @@ NAMES = [
 ]
 
 PACKAGES = {
+    "attention": "Ask Caption Heat MatchedText Reading Trend attended by_length heat_maps read_answers "
+    "removal "
+    "repairs token_maps trend",
     "data": "Columns Curriculum Dataset DigitTraces Digits ImageLimits Shapes dataset instruction",
     "models": "FeatureCache LoRA QwenVL load_policy",
     "rollout": "InProcessEngine StopGroup",
@@ -90,6 +95,13 @@ RECIPES = [
     "qwen_la_text_7b",
     "tiny_base",
 ]
+
+EVALUATIONS = ["lookback_eval", "qwen_la_eval"]
+
+TASKS = (
+    "chair digits geomath hallusionbench mathverse mathvision mathvista mmbench mme mmhal mmmu mmmu_pro "
+    "mmstar pope shapes tallyqa wemath"
+)
 
 CHOICES = {
     "policy": "qwen2_5_vl_3b qwen2_5_vl_7b qwen2_5_vl_7b_lora qwen2_5_vl_7b_qlora qwen2_5_vl_7b_qwen_la "
@@ -127,7 +139,8 @@ def test_names_of_packages(package: str) -> None:
     module = importlib.import_module(f"reflectvlm.{package}")
     assert sorted(module.__all__) == sorted(PACKAGES[package].split())
     for name in module.__all__:
-        assert getattr(module, name) is not None
+        # A module of the same name would take its place as soon as somebody imports it.
+        assert not isinstance(getattr(module, name), ModuleType)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
@@ -149,6 +162,8 @@ def test_methods_of_the_protocols() -> None:
 def test_recipes_choices_and_short_names() -> None:
     """Commands in papers and job scripts name them."""
     assert list(recipes()) == RECIPES
+    assert list(evaluations()) == EVALUATIONS
+    assert sorted(named.TASKS) == TASKS.split()
     assert set(GROUPS) == set(CHOICES)
     for group, choices in CHOICES.items():
         assert sorted(file.stem for file in (recipes_folder() / group).glob("*.yaml")) == choices.split()

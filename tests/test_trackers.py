@@ -19,7 +19,8 @@ from PIL import Image
 
 from reflectvlm.train import trackers as trackers_module
 from reflectvlm.train.tracker_thread import WAITING
-from reflectvlm.train.trackers import JsonLines, TensorBoard, Trackers, Wandb, finite, sample_rows
+from reflectvlm.train.trackers import JsonLines, TensorBoard, Trackers, Wandb, finite
+from reflectvlm.train.written import sample_rows
 from reflectvlm.types import Prompt, Rollout, Sample, ScoredGroup, Text, Visual
 
 

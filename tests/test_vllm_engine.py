@@ -336,9 +336,7 @@ def test_a_missing_vllm_is_one_line_with_the_extra(policy: QwenVL, monkeypatch: 
     """Bug: the run dies in an import of a library's depths, after the policy was loaded and checked."""
     found = lambda name: None if name == "vllm" else object()  # noqa: E731
     monkeypatch.setattr("reflectvlm.integrations.vllm_backends.find_spec", found)
-    with pytest.raises(
-        ModuleNotFoundError, match=r"needs vllm, not installed: pip install reflectvlm\[vllm\]"
-    ):
+    with pytest.raises(ValueError, match=r"needs vllm, not installed: pip install reflectvlm\[vllm\]"):
         VLLMEngine(policy=policy)
 
 

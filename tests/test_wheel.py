@@ -18,6 +18,10 @@ NEEDED = [
     "reflectvlm/models/tiny_base/tokenizer.json",
     "reflectvlm/models/tiny_base/README.md",
     "reflectvlm/data/digits.npz",
+    "reflectvlm/report/assets/page.css",
+    "reflectvlm/report/assets/main.js",
+    "reflectvlm/curate/review/assets/page.css",
+    "reflectvlm/curate/review/assets/main.js",
     "reflectvlm/data/instructions/semantic_back.txt",
 ]
 

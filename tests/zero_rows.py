@@ -16,6 +16,7 @@ import deepspeed
 import torch
 
 from fixtures import make_sample
+from reflectvlm.ending import exit_with
 from reflectvlm.models.qwen_vl import QwenVL, load_policy
 from reflectvlm.objectives import CrossEntropy
 from reflectvlm.train.optim import AdamW
@@ -25,7 +26,7 @@ from reflectvlm.types import Instruction
 TAGS = ("<REFLECTION>", "</REFLECTION>")
 
 
-def main(stage: int, folder: str) -> None:
+def main(stage: int, folder: str) -> int:
     torch.set_num_threads(1)
     deepspeed.init_distributed("gloo")
     policy = load_policy(folder, new_tags=TAGS, embeddings="new_tags", freeze_parts=("vision", "projector"))
@@ -40,6 +41,7 @@ def main(stage: int, folder: str) -> None:
     tower = sum("visual." in name for name in moved)
     if os.environ["RANK"] == "0":
         print(json.dumps({"rows": list(rows.values()), "tower": tower, "language": len(moved) - tower}))
+    return 0
 
 
 def train(policy: QwenVL, stage: int) -> None:
@@ -64,4 +66,4 @@ def train(policy: QwenVL, stage: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    exit_with(lambda: main(int(sys.argv[1]), sys.argv[2]))

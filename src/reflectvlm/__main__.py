@@ -1,5 +1,5 @@
 """`python -m reflectvlm`."""
 
-from reflectvlm.cli import main
+from reflectvlm.cli import command
 
-raise SystemExit(main())
+command()

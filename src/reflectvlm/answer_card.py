@@ -1,7 +1,9 @@
 """What a file of answers was made with, kept beside it in `<out>.card.json`: going on with another model or
 other settings would mix two kinds of answers in one file, and nothing in its lines would tell.
 
-Left out: the rows, since every answer names its question; the device and this package's version.
+Under `about` stands what no answer depends on and whoever reads the file may want: where the rows came from,
+and how many were asked. It is not compared. Left out: the rows, since every answer names its question; the
+device and this package's version.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ Card: TypeAlias = Mapping[str, Any]
 """Setting -> what JSON can write."""
 
 ABSENT = "(not given)"
+ABOUT = "about"
+"""What a card only tells."""
 
 
 def card_of(
@@ -54,7 +58,7 @@ def check_card(answers: Path, card: Card) -> None:
     if not file.is_file():
         raise ValueError(
             f"{answers} has no {file.name} beside it, so what its answers were made with is unknown and they "
-            "cannot be gone on with. Put it back, or name another out=FILE."
+            "cannot be gone on with. Put it back to go on, or give another out= to begin anew."
         )
     try:
         old = json.loads(file.read_text(encoding="utf-8"))
@@ -62,18 +66,34 @@ def check_card(answers: Path, card: Card) -> None:
         old = None
     if not isinstance(old, dict):
         raise ValueError(  # noqa: TRY004  a file that a user has changed
-            f"{file} is no JSON object. Put back the one that generate wrote, or name another out=FILE."
+            f"{file} is no JSON object. Put back the one that was written to go on, or give another out= to "
+            "begin anew."
         )
-    names = sorted(name for name in {*old, *card} if old.get(name, ABSENT) != card.get(name, ABSENT))
-    if names:
-        # Of another kind of re-attention, its settings need not be told.
-        names = [name for name in names if "." not in name or name.split(".")[0] not in names]
-        differing = ", ".join(
-            f"{name} {_cut(old.get(name, ABSENT))} → {_cut(card.get(name, ABSENT))}" for name in names
-        )
+    if differing := changes(old, card):
         raise ValueError(
-            f"{answers} was made with other settings: {differing}. Give the old ones, or another out=FILE."
+            f"{answers} was made with other settings: {differing}. Give the old ones to go on with it, or "
+            "another out= to begin anew."
         )
+
+
+def changes(old: Card, new: Card) -> str:
+    """`seed 1 → 2, top_p 1.0 → 0.5`; empty where both say the same."""
+    names = sorted(name for name in {*old, *new} - {ABOUT} if old.get(name, ABSENT) != new.get(name, ABSENT))
+    # Of another kind of re-attention, its settings need not be told.
+    names = [name for name in names if "." not in name or name.split(".")[0] not in names]
+    return ", ".join(
+        f"{name} {_cut(old.get(name, ABSENT))} → {_cut(new.get(name, ABSENT))}" for name in names
+    )
+
+
+def told_about(answers: Path) -> Card:
+    """What the card that is there tells; nothing where there is none."""
+    try:
+        found = json.loads(card_file(answers).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    about = found.get(ABOUT) if isinstance(found, dict) else None
+    return about if isinstance(about, dict) else {}
 
 
 def write_card(answers: Path, card: Card) -> None:
@@ -84,7 +104,7 @@ def write_card(answers: Path, card: Card) -> None:
         os.replace(temporary, file)
     except OSError as error:
         why = error.strerror or str(error)
-        raise ValueError(f"{file} cannot be written: {why}. Name another out=FILE.") from error
+        raise ValueError(f"{file} cannot be written: {why}. Give another out=.") from error
 
 
 def card_file(answers: Path) -> Path:

@@ -82,29 +82,8 @@ class AnswerFile:
     ) -> AnswerFile:
         """A new file, or with `resume="auto"` one to go on with that has the same card; a last line that was
         cut is dropped."""
-        path = Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("ab"):
-                data = path.read_bytes()
-        except OSError as error:
-            why = error.strerror or str(error)
-            raise ValueError(f"out={str(path)!r} cannot be written: {why}. Name another file.") from error
-        whole = data[: data.rfind(b"\n") + 1]
-        if data and resume != "auto":
-            raise ValueError(
-                f"out={str(path)!r} is there already, with {len(whole.splitlines())} lines. Go on with it by "
-                "resume=auto, or name another file."
-            )
-        # Read before anything is cut: a file that holds no answers stays as it is.
-        lines = [_line(line, f"{path}:{n}") for n, line in enumerate(whole.splitlines(), start=1)]
-        if lines:
-            check_card(path, card)
-        else:
-            write_card(path, card)
-        if len(whole) < len(data):
-            os.truncate(path, len(whole))
-        return cls(path, {line["id"]: line["question"] for line in lines})
+        lines = whole_lines(Path(path), card, resume)
+        return cls(Path(path), {line["id"]: line["question"] for line in lines})
 
     def answered(self, sample: Sample) -> bool:
         """Raises ValueError if the file answers another question under this id."""
@@ -112,19 +91,49 @@ class AnswerFile:
             return False
         if self.asked[sample.id] != sample.question:
             raise ValueError(
-                f"{self.path} answers another question under the id {sample.id!r} than the rows ask. "
-                "Give the rows it belongs to, or another out=FILE."
+                f"{self.path} answers another question under the id {sample.id!r} than the rows ask: "
+                f"{asked_there(self.asked[sample.id], sample.question)}. Give the rows (data=, split=) that "
+                "it belongs to, to go on with it, or another out= to begin anew."
             )
         return True
 
     def add(self, generator: Generator, rollouts: Sequence[Rollout]) -> None:
-        text = "".join(
-            json.dumps(line_of(generator, rollout), ensure_ascii=False) + "\n" for rollout in rollouts
-        )
-        with self.path.open("ab") as file:
-            file.write(text.encode())
+        append(self.path, [line_of(generator, rollout) for rollout in rollouts])
         for rollout in rollouts:
             self.asked[rollout.prompt.sample.id] = rollout.prompt.sample.question
+
+
+def whole_lines(path: Path, card: Card, resume: Literal["auto", "never"]) -> list[Mapping[str, Any]]:
+    """The lines of a file that is now there, whole and beside its card: none of a new one."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            data = path.read_bytes()
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise ValueError(f"out={str(path)!r} cannot be written: {why}. Name another file.") from error
+    whole = data[: data.rfind(b"\n") + 1]
+    if data and resume != "auto":
+        raise ValueError(
+            f"out={str(path)!r} is there already, with {len(whole.splitlines())} lines. Go on with it by "
+            "resume=auto, or begin anew with another out=."
+        )
+    # Read before anything is cut: a file that holds no answers stays as it is.
+    lines = [_line(line, f"{path}:{n}") for n, line in enumerate(whole.splitlines(), start=1)]
+    if lines:
+        check_card(path, card)
+    else:
+        write_card(path, card)
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    return lines
+
+
+def append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """In one write."""
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    with path.open("ab") as file:
+        file.write(text.encode())
 
 
 def answer_rows(make: Callable[[], Generator], data: Dataset, file: AnswerFile, batch: int) -> int:
@@ -157,7 +166,7 @@ def answer_rows(make: Callable[[], Generator], data: Dataset, file: AnswerFile, 
             made += added
             if time.monotonic() - told >= EVERY:
                 told = time.monotonic()
-                _tell_progress(len(file.asked), len(data), len(made), told - started)
+                tell_progress(len(file.asked), len(data), len(made), told - started)
     _tell_end(made, file, data, time.monotonic() - started, signal)
     return stop.exit_code if signal else 0
 
@@ -173,7 +182,7 @@ def _samples(data: Dataset, places: Iterable[int]) -> list[Sample]:
     return found
 
 
-def _tell_progress(done: int, total: int, made: int, seconds: float) -> None:
+def tell_progress(done: int, total: int, made: int, seconds: float) -> None:
     left = duration(seconds / made * max(total - done, 0)) if made else "?"
     log.info("%d of %d rows, %s to go", done, total, left)
 
@@ -203,6 +212,11 @@ def cost(rollouts: Sequence[Rollout]) -> str:
     return f"{sampled:,} tokens sampled, {whole - sampled:,} inserted"
 
 
+def asked_there(old: str, new: str) -> str:
+    """Both questions, for an error."""
+    return " there, ".join(repr(" ".join(text.split())[:60]) for text in (old, new)) + " here"
+
+
 def line_of(generator: Generator, rollout: Rollout) -> Mapping[str, Any]:
     assert generator.reattention is not None
     return {
@@ -215,7 +229,7 @@ def line_of(generator: Generator, rollout: Rollout) -> Mapping[str, Any]:
     }
 
 
-def _line(data: bytes, place: str) -> Mapping[str, str]:
+def _line(data: bytes, place: str) -> Mapping[str, Any]:
     try:
         line = json.loads(data)
     except ValueError:

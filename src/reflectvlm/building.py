@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from reflectvlm import stages
 from reflectvlm.config import STAGES, Composed
 from reflectvlm.models.qwen_vl import QwenVL
-from reflectvlm.recipe_check import RecipeError, check_recipe, locate
+from reflectvlm.recipe_check import RecipeError, check_recipe, check_trains, locate
 from reflectvlm.train.distill import Distiller
 from reflectvlm.train.rl import RLTrainer
 from reflectvlm.train.sft import SFTTrainer
@@ -31,6 +31,7 @@ _SLOW = ("data", "evaluation", "test")  # may read files: built after all that o
 def draft_of(values: Mapping[str, Any], *, slow: bool) -> Runnable:
     """The trainer with stand-ins for its policy, for rows that a stage is still to make, and, unless
     `slow`, for all that reads files."""
+    check_trains(values)
     check_recipe(_without_sources(values))
     rest = sorted((key for key in values if key not in _APART), key=_SLOW.__contains__)
     unread = [key for key in _SLOW if key in values and not slow]

@@ -1,4 +1,4 @@
-"""The command line: `reflectvlm train | doctor | plan | pipeline | generate | inspect | recipes | show`.
+"""The command line: `reflectvlm train`, `doctor`, `plan`, `pipeline`, `generate`, `eval`, `score` and others.
 
 Exit codes: 0 done; 2 what the user wrote is wrong; 1 the run failed; those of a stopped run are in
 `train/signals.py`. Errors are one line on stderr; `REFLECTVLM_TRACEBACK=1` shows where they come from.
@@ -12,90 +12,18 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 from reflectvlm import __version__
+from reflectvlm.cli_help import help_of, overview
+from reflectvlm.ending import exit_with
 from reflectvlm.recipe_check import RecipeError, nearest
 from reflectvlm.train.printing import put, put_error, settle
 
-HELP = """\
-reflectvlm: RL and SFT that teach a vision-language model to look at its image again
 
-  reflectvlm recipes                                what there is to run
-  reflectvlm show recipe=lookback_rl                one recipe with all its values
-  reflectvlm train recipe=lookback_rl               run it; all that comes of it goes to runs/
-  reflectvlm train recipe=lookback_rl steps=20 variant=solution optimizer.lr=2e-4
-  reflectvlm train recipe=./mine.yaml               run a recipe of your own
-  reflectvlm doctor recipe=lookback_rl              look for what would go wrong in it, without training
-  reflectvlm plan recipe=lookback_rl_7b gpus=8 gpu=80GB
-                                                    memory and seconds of a step, before anything is loaded
-  reflectvlm pipeline qwen_la                       a whole chain of recipes, and the table that compares
-  reflectvlm generate model=runs/NAME/model image=page.png question="Which digit is upper left?"
-  reflectvlm generate model=tiny data=rows.jsonl out=answers.jsonl
-  reflectvlm inspect runs/NAME                      how far a run came, which of its checkpoints are whole
-  reflectvlm inspect runs/NAME/nonfinite-step-12    the batch of a step that gave no finite loss; rows=20
-                        shows the text of so many rows, model=PATH makes it with that tokenizer
-
-Values, after the recipe:
-  key=value             change a key that the recipe shows; dots go deeper: optimizer.lr=1e-5
-  +key=value            add an argument that the recipe does not show
-  policy=tiny data=digits
-                        choose a whole node: a file of recipes/policy/ or recipes/data/
-  "key='a, b = c'"      a text with commas, brackets or '=': two kinds of quotes
-
-  recipe:key=value      change a key of a recipe that this one is made from, however deep; '*:key=value'
-                        changes it in it and all of those that have it, as does key=value for a pipeline:
-                        pipeline qwen_la steps=2 rows=8 held_out.data.size=8 is a first look at one
-
-Several processes (train and pipeline), each with a part of the work; the result is the same:
-  gpus=8                one process per GPU; processes=2 on a machine without one
-  nodes=2 node_rank=0 main_address=node-a main_port=29500
-                        the same command on each machine, with its own node_rank; torchrun, accelerate launch
-                        and deepspeed start `-m reflectvlm train …` without these words
-  compute=zero2         how weights, gradients and moments are shared: single, ddp, zero1, zero2, zero3
-
-Short names:
-  resume=auto           go on with the run of this name where it stopped (output.resume)
-  max_minutes=55        save and exit with code 75 before so many minutes are over, stages included
-  save_every= eval_every= root= keep=
-                        the keys of the same name under output
-
-For plan:
-  gpus= gpu=            how many, and which: memory (80GB) or a name (A100-80GB, H100, H200, L40S, RTX-4090)
-  prompt= answer= visual=
-                        tokens of a usual row; without them every row is as long as the recipe allows
-  --json                the plan as one line of JSON. Exit code 1: it does not fit
-
-For generate:
-  model=                tiny, a folder (a run's model/) or a hub name. How it looks at the image again and
-                        its instruction are those that it was trained with, unless you give others:
-  reattention=route     or copy (show the image again) or implicit (do not)
-  reattention.m=25 reattention.trigger='<back>' reattention.limit=2
-                        a setting of it; alone it changes the one that the model carries
-  instruction=          a name, a .txt file, or none; instruction.place=system
-  image=a.png,b.png     files or web addresses; also image= several times
-  max_tokens= temperature= top_p= top_k= min_p= stop= seed=
-                        how tokens are drawn; by default the likeliest, at most 1024. Commas separate
-                        texts that stop: stop=END,DONE; one with a comma in quotes: stop="'a, b',c"
-  device= dtype= min_pixels= max_pixels= trust_remote_code=
-                        where and how the model runs, and whether code that comes with it may
-  data= out= resume=auto
-                        a file or folder of rows, gold answers not needed; one JSON line per row, and
-                        what is in the file is not answered again
-  columns.question= columns.images= columns.id= columns.messages= root= split= max_rows= max_bad= batch=
-                        how rows are read, and how many are answered at one time
-
-A recipe of your own may begin with ours:
-  defaults: [lookback_rl, _self_]
-  steps: 40
-
-Recipes that start from another one (start_from), or take its rows (data_from), run that one first, once,
-and keep what it makes in $REFLECTVLM_CACHE, or ~/.cache/reflectvlm. start_from=null policy.path=… starts
-from a model of yours, data_from=null data.path=… takes your rows.
-
-Exit codes: 0 done, 1 the run failed, 2 something you wrote is wrong; 143, 130 or 129 stopped by SIGTERM,
-Ctrl-C or SIGHUP, 75 by max_minutes (saved; go on with resume=auto); 69 and 70 in one of several processes
-that another has left alone, or told of its error. REFLECTVLM_TRACEBACK=1 shows where an error comes from.
-"""
+def command() -> NoReturn:
+    """What the shell starts: `main`, and the process's end."""
+    exit_with(main)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,21 +49,28 @@ def _ended(arguments: list[str]) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     command, *rest = arguments or ["--help"]
-    if command in ("-h", "--help", "help") or "-h" in rest or "--help" in rest:
-        put(HELP)
-        return 0
+    if command in ("-h", "--help", "help"):
+        if not rest:
+            put(overview())
+            return 0
+        command, rest = rest[0], ["--help"]
     if command in ("-V", "--version", "version"):
         put(f"reflectvlm {__version__}\n")
         return 0
     commands: dict[str, Callable[[list[str]], int]] = {
+        "recipes": _recipes,
+        "show": _show,
         "train": _train,
         "doctor": _doctor,
         "plan": _plan,
         "pipeline": _pipeline,
         "generate": _generate,
+        "attention": _attention,
+        "eval": _eval,
+        "score": _score,
+        "data": _data,
         "inspect": _inspect,
-        "recipes": _recipes,
-        "show": _show,
+        "report": _report,
     }
     if command not in commands:
         near = nearest(command, commands)
@@ -143,11 +78,14 @@ def _dispatch(arguments: list[str]) -> int:
         raise RecipeError(
             f"No command is called {command!r}, only {', '.join(commands)}.{hint} --help explains."
         )
+    if command != "data" and {"-h", "--help"} & set(rest):
+        put(help_of(command))
+        return 0
     return commands[command](rest)
 
 
 def _recipes(rest: list[str]) -> int:
-    from reflectvlm.recipe_files import pipelines, recipes, recipes_folder
+    from reflectvlm.recipe_files import evaluations, pipelines, recipes, recipes_folder
 
     if rest:
         raise RecipeError(
@@ -156,6 +94,9 @@ def _recipes(rest: list[str]) -> int:
     found = recipes()
     width = max(map(len, found))
     for name, description in found.items():
+        put(f"{name:<{width}}  {description}\n")
+    put("\nEvaluations, which train nothing: `eval recipe=NAME model=PATH data_dir=DATA`\n")
+    for name, description in evaluations().items():
         put(f"{name:<{width}}  {description}\n")
     chains = pipelines()
     put(f"\nPipelines, made of recipes: `pipeline NAME` runs one of {recipes_folder() / 'pipelines'}\n")
@@ -185,9 +126,10 @@ def _train(rest: list[str]) -> int:
         _quiet_transformers()
         _share_cores()
         from reflectvlm.config import load_recipe
+        from reflectvlm.train.ranks import leaving
         from reflectvlm.train.signals import one_command
 
-        with one_command():
+        with one_command(), leaving():
             return load_recipe(recipe, *overrides).run().exit_code
 
 
@@ -244,9 +186,10 @@ def _pipeline(rest: list[str]) -> int:
         _quiet_transformers()
         _share_cores()
         from reflectvlm.pipeline import run_pipeline
+        from reflectvlm.train.ranks import leaving
         from reflectvlm.train.signals import one_command
 
-        with one_command():
+        with one_command(), leaving():
             return run_pipeline(names[0], *(word for word in rest if word != names[0])).exit_code
 
 
@@ -262,12 +205,58 @@ def _generate(rest: list[str]) -> int:
         return generate(given)
 
 
+def _attention(rest: list[str]) -> int:
+    with _own_log_lines():
+        _quiet_transformers()
+        _share_cores()
+        from reflectvlm.attention_options import read_words
+
+        read_words(rest)  # a misspelt key is told before torch is imported
+        from reflectvlm.attention_command import attention
+
+        return attention(rest)
+
+
+def _eval(rest: list[str]) -> int:
+    with _own_log_lines():
+        _quiet_transformers()
+        _share_cores()
+        from reflectvlm.eval_command import evaluate
+
+        return evaluate(rest)
+
+
+def _score(rest: list[str]) -> int:
+    with _own_log_lines():
+        from reflectvlm.score_command import score
+
+        return score(rest)
+
+
+def _data(rest: list[str]) -> int:
+    with _own_log_lines():
+        _quiet_transformers()
+        _share_cores()
+        from reflectvlm.data_command import data
+
+        return data(rest)
+
+
 def _inspect(rest: list[str]) -> int:
     with _own_log_lines():
         _quiet_transformers()
         from reflectvlm.inspect_command import inspect
 
         return inspect(rest)
+
+
+def _report(rest: list[str]) -> int:
+    with _own_log_lines():
+        _quiet_transformers()
+        _share_cores()
+        from reflectvlm.report_command import report
+
+        return report(rest)
 
 
 def _split(command: str, rest: Sequence[str]) -> tuple[str, list[str]]:

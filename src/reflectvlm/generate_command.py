@@ -1,4 +1,4 @@
-"""`reflectvlm generate`: one question, answered as it comes, or a file of rows. See `cli.HELP`.
+"""`reflectvlm generate`: one question, answered as it comes, or a file of rows. See `cli_help`.
 
 The answer goes to standard output; what it was made with and what it cost goes to standard error. All
 that a user may have got wrong is checked before the weights are loaded.
@@ -50,14 +50,14 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 def generate(given: Given) -> int:
     """Runs the command and returns its exit code."""
     if "data" not in given:
-        images = read_images([name for value in given.all("image") for name in _names(value)])
+        images = read_images([name for value in given.all("image") for name in image_names(value)])
         answer_one(Plan.read(given).generator(), images, given.text("question") or "")
         return 0
     plan, batch = Plan.read(given), given.value("batch", int, 16)
     if batch < 1:
         raise RecipeError(f"batch is {batch}. It must be at least 1.")
     resume = given.value("resume", Literal["auto", "never"], "never")
-    data = _rows(given)
+    data = rows_of(given)
     file = AnswerFile.open(str(given.text("out")), plan.card(batch), resume)
     return answer_rows(plan.generator, data, file, batch)
 
@@ -77,7 +77,7 @@ class Plan:
     def read(cls, given: Given) -> Plan:
         """Says which re-attention and instruction it is going to be, and why these."""
         path = os.path.expanduser(str(given.text("model")))
-        said = _carried(path, given.value("trust_remote_code", bool, False))
+        said = carried_by(path, given.value("trust_remote_code", bool, False))
         reattention, why = reattention_of(given, said.reattention)
         instruction, because = instruction_of(given, said.instruction)
         seed = given.value("seed", int, 0)
@@ -91,11 +91,15 @@ class Plan:
             sampling=sampling_of(given),
             settings=settings,
         )
-        log.info("re-attention: %s, %s", described(reattention), why)
-        if because:
-            text = " ".join(instruction.text.split()) or "none"
-            log.info("instruction: %s, %s", text if len(text) <= 60 else f"{text[:59]}…", because)
+        plan.say(why, because)
         return plan
+
+    def say(self, why: str, because: str) -> None:
+        """Which re-attention and instruction it is going to be, and who says so."""
+        log.info("re-attention: %s, %s", described(self.reattention), why)
+        if because:
+            text = " ".join(self.instruction.text.split()) or "none"
+            log.info("instruction: %s, %s", text if len(text) <= 60 else f"{text[:59]}…", because)
 
     def card(self, batch: int) -> Card:
         """What answers to a file of rows are made with."""
@@ -181,7 +185,7 @@ def _why(rollout: Rollout, sampling: SamplingParams) -> str:
 # -- from words to objects ------------------------------------------------------------------------
 
 
-def _carried(path: str, trust_remote_code: bool) -> Carried:
+def carried_by(path: str, trust_remote_code: bool) -> Carried:
     """What a model's config says of its use, without the weights."""
     folder = Path(path)
     if (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file():
@@ -211,14 +215,14 @@ def _no_model(path: str, error: Exception) -> RecipeError:
     )
 
 
-def _names(value: str) -> list[str]:
+def image_names(value: str) -> list[str]:
     """`a.png,b.png` is two images, unless a file or an address is spelled like that."""
     if is_address(value) or os.path.exists(os.path.expanduser(value)):
         return [value]
     return [name.strip() for name in value.split(",") if name.strip()]
 
 
-def _rows(given: Given) -> Dataset:
+def rows_of(given: Given) -> Dataset:
     columns: dict[str, Any] = dict(given.below("columns"))
     if images := given.all("columns.images"):
         names = [name for value in images for name in value.split(",")]

@@ -10,6 +10,7 @@ between its texts and quotes around those that hold one: `stop=A,B` is two texts
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import types
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "stop")
 ONE = ("image", "question")
 FILE = ("data", "out", "resume", "batch", "split", "root", "max_rows", "max_bad")
 COLUMNS = ("columns.question", "columns.images", "columns.id", "columns.messages")
+GENERATE = (*COMMON, *POLICY, *SAMPLING, *ONE, *FILE, *COLUMNS)
 SEVERAL = ("image", "stop", "columns.images")
 """Keys that may be given more than once."""
 KINDS = {"implicit": "Implicit", "copy": "VisualCopy", "route": "VisualRoute"}
@@ -46,21 +48,39 @@ class Given:
 
     @classmethod
     def read(cls, words: Sequence[str]) -> Given:
-        values: dict[str, tuple[str, ...]] = {}
-        for word in words:
-            key, equals, value = word.partition("=")
-            if not equals:
-                hint = (
-                    "there are no dashes" if word.startswith("-") else 'quote what has spaces: question="…"'
-                )
-                raise RecipeError(f"{word!r} is no key=value; {hint}.")
-            _check_key(key)
-            if key in values and key not in SEVERAL:
-                raise RecipeError(f"{key} is given twice: {values[key][0]!r} and {value!r}. Give it once.")
-            values[key] = (*values.get(key, ()), *_texts(key, value))
-        given = cls(values)
+        given = cls.parsed(words, "generate", GENERATE)
         _check_together(given)
         return given
+
+    @classmethod
+    def parsed(
+        cls,
+        words: Sequence[str],
+        command: str,
+        known: Sequence[str],
+        above: Sequence[str] = ("reattention",),
+        several: Sequence[str] = (),
+        bare: str | None = None,
+    ) -> Given:
+        """The words of any command that has some of these keys. `above` are names with settings of their own
+        below them, as reattention.m; `several` are further keys that may be given more than once; `bare` is
+        the key of a path that needs none: a word without '=', or the name of what exists."""
+        values: dict[str, tuple[str, ...]] = {}
+        for word in words:
+            if word.startswith("-"):
+                without = word.lstrip("-")
+                hint = f" Write {without}." if "=" in without else ""
+                raise RecipeError(f"{word!r} is no key=value; there are no dashes.{hint}")
+            key, equals, value = word.partition("=")
+            if bare is not None and (not equals or os.path.lexists(word)):
+                key, equals, value = bare, "=", word
+            if not equals:
+                raise RecipeError(f'{word!r} is no key=value; quote what has spaces: question="…".')
+            _check_key(key, command, known, above)
+            if key in values and key not in (*SEVERAL, *several):
+                raise RecipeError(f"{key} is given twice: {values[key][0]!r} and {value!r}. Give it once.")
+            values[key] = (*values.get(key, ()), *_texts(key, value))
+        return cls(values)
 
     def __contains__(self, key: str) -> bool:
         return key in self.values
@@ -160,13 +180,17 @@ def described(value: Any) -> str:
 # -- checks ---------------------------------------------------------------------------------------
 
 
-def _check_key(key: str) -> None:
-    known = (*COMMON, *POLICY, *SAMPLING, *ONE, *FILE, *COLUMNS)
-    if key in known or (key.startswith("reattention.") and len(key) > len("reattention.")):
+def _check_key(key: str, command: str, known: Sequence[str], above: Sequence[str]) -> None:
+    owner, dot, name = key.partition(".")
+    if key in known or (dot and owner in above and name):
         return
-    near = nearest(key, (*known, *(f"reattention.{name}" for name in ("m", "trigger", "limit", "images"))))
-    hint = f"Did you mean {near}?" if near else f"It knows {', '.join(known)} and reattention.FIELD."
-    raise RecipeError(f"generate has no key {key!r}. {hint}")
+    settings = [f"reattention.{name}" for name in ("m", "trigger", "limit", "images")]
+    near = nearest(key, (*known, *(settings if "reattention" in above else ())))
+    below = " and ".join(f"{name}.FIELD" for name in above)
+    hint = (
+        f"Did you mean {near}?" if near else f"It knows {', '.join(known)}{f' and {below}' if below else ''}."
+    )
+    raise RecipeError(f"{command} has no key {key!r}. {hint}")
 
 
 def _check_together(given: Given) -> None:

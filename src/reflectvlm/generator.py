@@ -115,11 +115,15 @@ class Generator:
                 return
             yield from self.batch(samples, number)
 
-    def batch(self, samples: Sequence[Sample], number: int = 0) -> list[Rollout]:
-        """Answers to these samples. With another `number` other tokens are drawn."""
+    def batch(
+        self, samples: Sequence[Sample], number: int = 0, places: Sequence[int] | None = None
+    ) -> list[Rollout]:
+        """Answers to these samples. With another `number` other tokens are drawn. `places` are numbers of the
+        samples by which chance is theirs, whatever else is in the batch; None: their places in it."""
         assert self.instruction is not None
         prompts = [self.policy.prompt(sample, self.instruction) for sample in samples]
-        return self._generate(prompts, int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0]))
+        seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
+        return self._generate(prompts, seed, places)
 
     def prompt(self, image: Shown, question: str) -> Prompt:
         """What the policy sees first. Raises ValueError for an image that cannot be read."""
@@ -152,9 +156,12 @@ class Generator:
     def rollout_engine(self) -> RolloutEngine:
         return self.engine(policy=self.policy)
 
-    def _generate(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
+    def _generate(
+        self, prompts: Sequence[Prompt], seed: int, places: Sequence[int] | None = None
+    ) -> list[Rollout]:
         assert self.reattention is not None
-        groups = self.rollout_engine.generate(prompts, 1, self.sampling, self.reattention, seed=seed)
+        told = {} if places is None else {"places": places}
+        groups = self.rollout_engine.generate(prompts, 1, self.sampling, self.reattention, seed=seed, **told)
         return [group[0] for group in groups]
 
 

@@ -92,7 +92,7 @@ def _box(body: str) -> str:
 
 def _question(rollout: Rollout) -> str:
     sample = rollout.prompt.sample
-    pictures = "".join(_thumbnail(image) for image in sample.images)
+    pictures = "".join(thumbnail(image) for image in sample.images)
     gold = f"<div style='margin-bottom:6px'><b>Answer</b> {html.escape(sample.answer)}</div>"
     return (
         f"<div style='{_FAINT}'>sample {html.escape(sample.id)}</div>{pictures}"
@@ -101,8 +101,9 @@ def _question(rollout: Rollout) -> str:
     )
 
 
-def _thumbnail(image: Image) -> str:
-    return _picture(_small(image, THUMBNAIL), "image", "border-radius:4px;margin:4px 6px 4px 0")
+def thumbnail(image: Image, side: int = THUMBNAIL) -> str:
+    """A picture as markup that stands alone."""
+    return _picture(_small(image, side), "image", "border-radius:4px;margin:4px 6px 4px 0")
 
 
 def _small(image: Image, side: int) -> Image:

@@ -1,4 +1,4 @@
-"""`reflectvlm inspect PATH`: what is in a dumped batch, a run's folder or a checkpoint. See `cli.HELP`.
+"""`reflectvlm inspect PATH`: what is in a dumped batch, a run's folder or a checkpoint. See `cli_help`.
 
 Only reads, and unpickles nothing. Every text that comes out of a file is shown with its control characters
 as escapes.
@@ -6,12 +6,12 @@ as escapes.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from reflectvlm.generate_options import Given
 from reflectvlm.recipe_check import RecipeError, nearest
 
 _KEYS = ("path", "model", "rows")
@@ -31,26 +31,14 @@ class Asked:
 
     @classmethod
     def read(cls, words: Sequence[str]) -> Asked:
-        given: dict[str, str] = {}
-        for word in words:
-            key, equals, value = word.partition("=")
-            if not equals or os.path.lexists(word):
-                key, value = "path", word
-            if word.startswith("-"):
-                raise RecipeError(f"{word!r} is no path; there are no dashes. Write inspect PATH rows=20.")
-            if key not in _KEYS:
-                near = nearest(key, _KEYS)
-                hint = f"Did you mean {near}?" if near else f"It knows {', '.join(_KEYS)}."
-                raise RecipeError(f"inspect has no key {key!r}. {hint}")
-            if key in given:
-                raise RecipeError(f"inspect shows one {key}, got {given[key]!r} and {value!r}.")
-            given[key] = value
-        if not given.get("path"):
+        given = Given.parsed(words, "inspect", _KEYS, above=(), bare="path")
+        path = given.text("path")
+        if path is None:
             raise RecipeError("inspect needs a path: a dumped batch, a run's folder or a checkpoint.")
-        rows = given.get("rows", "8")
-        if not rows.isascii() or not rows.isdigit():
-            raise RecipeError(f"rows is {rows!r}. It must be a whole number, 0 or more.")
-        return cls(path=Path(os.path.expanduser(given["path"])), model=given.get("model"), rows=int(rows[:9]))
+        rows = given.value("rows", int, 8)
+        if rows < 0:
+            raise RecipeError(f"rows is {rows}. It must be a whole number, 0 or more.")
+        return cls(path=Path(path).expanduser(), model=given.text("model"), rows=rows)
 
 
 def inspect(words: Sequence[str]) -> int:

@@ -26,7 +26,6 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -222,10 +221,9 @@ def _measure_all(
         if agreed(ranks, stop):
             break
         if (known := before.get((row.name, model, identity))) is None:
-            ask = partial(_asked, pipeline, row, run.values, model)
             try:
                 with abandonable(lambda: stop.requested, alone=ranks.world == 1), phase("evaluation"):
-                    known = ranks.from_first(ask)
+                    known = _asked(pipeline, row, run.values, model, ranks)
             except Abandoned:
                 agreed(ranks, stop)
                 break  # this row is measured anew by the next start
@@ -252,12 +250,17 @@ def _measured(file: Path) -> dict[tuple[str, str, str], Figures]:
     return {key: Figures(**entry) for key, entry in zip(keys, entries, strict=True)}
 
 
-def _asked(pipeline: Pipeline, row: Row, values: Mapping[str, Any], model: str) -> Figures:
+def _asked(pipeline: Pipeline, row: Row, values: Mapping[str, Any], model: str, ranks: Ranks) -> Figures:
     """What the answers of a row's model come to."""
     # What nobody has trained has no tags of ours, and must not be able to say them.
     node = {key: value for key, value in values["policy"].items() if not (row.start and key in _TAGS)}
-    policy = instantiated({**node, "path": model}, "policy")
-    trained = draft_of(values, slow=False)
+    loaded: list[Any] = []
+
+    def load() -> None:
+        loaded.extend((instantiated({**node, "path": model}, "policy"), draft_of(values, slow=False)))
+
+    ranks.together(load)  # one that cannot is no reason for the others to wait
+    policy, trained = loaded
     instruction = row.instruction or trained.instruction
     return measure(
         policy,
@@ -267,6 +270,7 @@ def _asked(pipeline: Pipeline, row: Row, values: Mapping[str, Any], model: str) 
         row.reattention or trained.reattention,
         pipeline.measures,
         trained.engine,
+        ranks,
     )
 
 
@@ -307,7 +311,7 @@ def _found(folder: RunFolder, ranks: Ranks) -> PipelineResult:
     """The result of a pipeline that had already ended."""
     rows = json.loads(folder.summary.read_text(encoding="utf-8"))["rows"]
     names = [one.name for one in fields(Figures)]
-    figures = {row["name"]: Figures(**{name: row[name] for name in names}) for row in rows}
+    figures = {row["name"]: Figures(**{name: row[name] for name in names if name in row}) for row in rows}
     if ranks.first:
         comparison(f"{folder.path.name}: finished; nothing to do", figures).show()
     return PipelineResult(folder=folder.path, figures=figures, finished=True)

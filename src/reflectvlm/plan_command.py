@@ -25,7 +25,11 @@ from reflectvlm.train.table import Table, say
 
 OWN = ("gpus", "gpu", "prompt", "answer", "visual")
 """Keys that are no recipe's."""
+ELSEWHERE = ("nodes", "node_rank", "processes", "main_address", "main_port")
+"""Those that start processes."""
 NOT_FITTING = 1
+ERROR = 0.15
+"""How far a prediction may be off (docs/plan.md)."""
 JSON = "--json"
 
 
@@ -45,6 +49,8 @@ class Asked:
         rest = []
         for word in words:
             key, equals, value = word.partition("=")
+            if equals and key in ELSEWHERE:
+                raise RecipeError(f"plan takes no {key}: it counts all GPUs of all machines. Write gpus=16.")
             if equals and key in OWN:
                 given[key] = value
             elif word != JSON:
@@ -175,7 +181,7 @@ def verdict(made: Plan) -> list[str]:
     if made.fits:
         lines.append(
             f"fits: {_gib(top.total)} of {_gib(memory)} GiB at the fullest ({top.phase}, {top.name}), "
-            f"{_gib(memory - top.total)} to spare"
+            f"{_gib(memory - top.total)} to spare" + _tight(top, memory)
         )
         return lines
     lines.append(
@@ -186,8 +192,15 @@ def verdict(made: Plan) -> list[str]:
         lines.append("No setting of those tried makes it fit: take a smaller model, larger or more GPUs.")
     else:
         settings = " ".join(_quoted(one) for one in made.remedy.settings)
-        lines.append(f"It would fit with {settings}: {_gib(made.remedy.peak.total)} GiB.")
+        tight = _tight(made.remedy.peak, memory)
+        lines.append(f"It would fit with {settings}: {_gib(made.remedy.peak.total)} GiB{tight}.")
     return lines
+
+
+def _tight(top: Moment, memory: float) -> str:
+    if top.total * (1 + ERROR) <= memory:
+        return ""
+    return f"; tight, for a plan may be {ERROR:.0%} too low"
 
 
 def as_json(made: Plan) -> dict[str, Any]:

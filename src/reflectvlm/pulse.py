@@ -11,6 +11,7 @@ import mmap
 import os
 import struct
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +23,11 @@ LOST = 69
 """Exit code of a process that others have left alone (EX_UNAVAILABLE)."""
 TOLD = 70
 """Exit code of a process that was told of another's error (EX_SOFTWARE)."""
-_LAYOUT = struct.Struct("<d?64s")
-"""Time of the last beat (of the clock below), waits, phase."""
+_LAYOUT = struct.Struct("<Qd?64s")
+"""Number of the beat, its time (of the clock below), waits, phase."""
+_SLOT = _LAYOUT.size + 4
+"""Bytes of a beat and of its checksum. Beats go by turns into two slots, so that one is whole at any moment,
+also where a process is killed, or looked at, in the middle of the other."""
 clock = time.monotonic
 """One for all processes of a machine. It neither jumps nor counts the time in which the machine sleeps."""
 
@@ -41,6 +45,7 @@ class _Own:
 
     def __init__(self) -> None:
         self.file: mmap.mmap | None = None
+        self.beats = 0
         self.waits = False
         self.phase = "start"
 
@@ -56,7 +61,7 @@ def begin() -> bool:
         return False
     handle = os.open(path, os.O_RDWR)
     try:
-        _own.file = mmap.mmap(handle, _LAYOUT.size)
+        _own.file = mmap.mmap(handle, 2 * _SLOT)
     finally:
         os.close(handle)
     beat()
@@ -66,7 +71,9 @@ def begin() -> bool:
 def beat() -> None:
     """This process got on."""
     if _own.file is not None:
-        _LAYOUT.pack_into(_own.file, 0, clock(), _own.waits, _own.phase.encode()[:64])
+        _own.beats += 1
+        at = _own.beats % 2 * _SLOT
+        _own.file[at : at + _SLOT] = _slot(_own.beats, _own.waits, _own.phase)
 
 
 @contextmanager
@@ -105,10 +112,27 @@ def patience_minutes() -> float:
 
 
 def create(path: Path) -> None:
-    """An empty file for a process that is about to be started."""
-    path.write_bytes(_LAYOUT.pack(clock(), False, b"start"))
+    """A file for a process that is about to be started."""
+    path.write_bytes(_slot(0, False, "start") + bytes(_SLOT))
 
 
 def read(path: Path) -> Pulse:
-    at, waits, name = _LAYOUT.unpack(path.read_bytes()[: _LAYOUT.size])
-    return Pulse(at, waits, name.rstrip(b"\0").decode(errors="replace"))
+    """The last whole beat. Raises RuntimeError where there is none: nothing of ours leaves such a file."""
+    for _ in range(1000):
+        data = path.read_bytes()
+        if whole := [_LAYOUT.unpack(slot[:-4]) for slot in (data[:_SLOT], data[_SLOT:]) if _is_whole(slot)]:
+            _, at, waits, name = max(whole)
+            return Pulse(at, waits, name.rstrip(b"\0").decode(errors="replace"))
+        time.sleep(0.001)  # both slots were written to while they were read
+    raise RuntimeError(
+        f"{path} holds no sign of life. Something else has written to it; start the run again."
+    )
+
+
+def _slot(number: int, waits: bool, name: str) -> bytes:
+    beat = _LAYOUT.pack(number, clock(), waits, name.encode()[:64])
+    return beat + zlib.crc32(beat).to_bytes(4, "little")
+
+
+def _is_whole(slot: bytes) -> bool:
+    return any(slot) and zlib.crc32(slot[:-4]) == int.from_bytes(slot[-4:], "little")

@@ -16,6 +16,9 @@ from typing import Any
 MISSING = "???"
 """What stands in a recipe where the user has to give a value."""
 
+EVALUATES = "reflectvlm.eval.suite.suite"
+"""The top of a recipe that evaluates a model (`eval_command.py`)."""
+
 _PLAIN: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -40,6 +43,15 @@ def check_recipe(values: Mapping[str, Any]) -> None:
         if isinstance(value, str) and value == MISSING:
             raise RecipeError(f"{key} has no value yet. Give it with {key}=…")
     _check_node(values, "")
+
+
+def check_trains(values: Mapping[str, Any]) -> None:
+    """Raises RecipeError for a recipe of an evaluation, which has no trainer."""
+    if values.get("_target_") == EVALUATES:
+        raise RecipeError(
+            "This recipe evaluates a model and trains none. Run it by `reflectvlm eval recipe=… model=PATH`; "
+            "`reflectvlm recipes` lists those that train."
+        )
 
 
 def leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from reflectvlm.recipe_check import RecipeError, nearest
 
+EVALUATES = "_eval"
+"""How the name of a recipe ends that evaluates a model."""
+
 
 def recipes_folder() -> Path:
     """`recipes/`: inside of an installed package, or at the top of a checkout."""
@@ -16,9 +19,14 @@ def recipes_folder() -> Path:
 
 
 def recipes() -> dict[str, str]:
-    """Name -> description, the first comment line. Files named `_….yaml` are shared parts, not recipes."""
-    files = sorted(file for file in recipes_folder().glob("*.yaml") if not file.name.startswith("_"))
-    return {file.stem: _first_comment(file) for file in files}
+    """Name -> description, the first comment line. Files named `_….yaml` are shared parts, not recipes, and
+    `…_eval.yaml` are evaluations."""
+    return {file.stem: _first_comment(file) for file in _files() if not file.stem.endswith(EVALUATES)}
+
+
+def evaluations() -> dict[str, str]:
+    """The same of the recipes that `reflectvlm eval` runs."""
+    return {file.stem: _first_comment(file) for file in _files() if file.stem.endswith(EVALUATES)}
 
 
 def pipelines() -> dict[str, str]:
@@ -51,9 +59,10 @@ def find_pipeline(name: str) -> Path:
 def find_recipe(recipe: str) -> tuple[Path, str]:
     """(folder, file name without .yaml) of a name, or of a path, which has a slash or ends in .yaml."""
     if "/" not in recipe and not recipe.endswith((".yaml", ".yml")):
-        if recipe in recipes():
+        known = {**recipes(), **evaluations()}
+        if recipe in known:
             return recipes_folder(), recipe
-        near = nearest(recipe, recipes())
+        near = nearest(recipe, known)
         hint = f"Did you mean {near!r}? " if near else ""
         raise RecipeError(
             f"No recipe is called {recipe!r}. {hint}`reflectvlm recipes` lists them all; "
@@ -67,6 +76,10 @@ def find_recipe(recipe: str) -> tuple[Path, str]:
             f"No recipe file at {recipe!r}. Give a path that exists, or a name: {', '.join(recipes())}."
         )
     return path.parent, path.stem
+
+
+def _files() -> list[Path]:
+    return sorted(file for file in recipes_folder().glob("*.yaml") if not file.name.startswith("_"))
 
 
 def _first_comment(file: Path) -> str:

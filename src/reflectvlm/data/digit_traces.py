@@ -67,13 +67,14 @@ class DigitTraces(Sequence[Sample]):
         sample = self.data[index]
         rng = np.random.default_rng([self.seed, index, 1])
         wrong = self.style != "instruct" and rng.random() < self.wrong_first
-        trace = _trace(self.style, sample, _misread(sample, rng) if wrong else sample.columns["digits"])
+        trace = trace_of(self.style, sample, misread(sample, rng) if wrong else sample.columns["digits"])
         if self.style == "qwen_la" and rng.random() < self.second_reflection:
             trace = trace.replace("</REFLECTION>", "</REFLECTION><REFLECTION></REFLECTION>")
         return dataclasses.replace(sample, columns={**sample.columns, "trace": trace})
 
 
-def _trace(style: Style, sample: Sample, first: Sequence[int | None]) -> str:
+def trace_of(style: Style, sample: Sample, first: Sequence[int | None]) -> str:
+    """The gold answer to a page whose places were first read as `first`."""
     facts: Any = sample.columns
     kind, looks, digits, working = facts["kind"], facts["looks"], facts["digits"], facts["working"]
     seen = ", ".join(reading(place, digits[place]) for place in looks)
@@ -109,7 +110,7 @@ def _summary(kind: str, looks: Sequence[int], question: str) -> str:
             return f"Count the {number}s" if kind == "count" else f"Count digits above {number}"
 
 
-def _misread(sample: Sample, rng: np.random.Generator) -> tuple[int | None, ...]:
+def misread(sample: Sample, rng: np.random.Generator) -> tuple[int | None, ...]:
     """The page's digits with one that the question looks at read as another one."""
     digits = list(sample.columns["digits"])
     filled = [place for place in sample.columns["looks"] if digits[place] is not None]

@@ -91,7 +91,7 @@ def _without_keys(url: str) -> str:
     """The address without its user, password, query and fragment."""
     try:
         parts = urlsplit(url)
-        return f"{parts.scheme}://{parts.hostname or ''}{parts.path}"[:200]
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"[:200]
     except ValueError:
         return url.partition("://")[0] + "://…"
 

@@ -166,13 +166,13 @@ def checked(
             kept.append(place)
             bare += not sample.images
     report = Report(total=count, kept=len(kept), skipped=tuple(skipped), without_images=bare)
-    _check_columns(columns, seen)
+    check_columns(columns, seen)
     _check_share(report, max_bad)
     _tell(report)
     return Dataset(rows=rows, read=read, kept=kept, report=report)
 
 
-def _check_columns(columns: Columns, seen: set[str]) -> None:
+def check_columns(columns: Columns, seen: set[str]) -> None:
     """A misspelt image column would give a data set of text rows and a run that never sees."""
     asked = [("images", name) for name in columns.image_names if columns.messages is None]
     if columns.id != Columns().id:
@@ -182,6 +182,8 @@ def _check_columns(columns: Columns, seen: set[str]) -> None:
         part, name = missing[0]
         near = nearest(name, sorted(seen))
         without = ", or data.columns.images=null if the rows have no images" if part == "images" else ""
+        if "messages" in seen:
+            without += ", or data=messages (data.columns.messages=messages) for rows of messages"
         raise ValueError(
             f"No row has a column '{name}'; the columns are {plain(', '.join(sorted(seen)))}. "
             f"Name the right one, data.columns.{part}={near or 'NAME'}{without} "

@@ -86,7 +86,7 @@ def _add_dataset(digest: _Hash, data: Dataset) -> None:
             _add(digest, [place, bad.position])
             continue
         try:
-            _add(digest, _content(row))
+            _add(digest, content_of(row))
         except Exception:  # noqa: BLE001 - an image inside of it is cut; the run meets the row and names it
             _add(digest, place)
 
@@ -117,7 +117,7 @@ def _row(data: Sequence[Sample], place: int) -> _Row:
     try:
         sample = data[place]
         parts = (sample.id, sample.question, sample.answer, sample.columns, list(sample.images))
-        return {name: _content(part) for name, part in zip(_PARTS, parts, strict=True)}
+        return {name: content_of(part) for name, part in zip(_PARTS, parts, strict=True)}
     except Exception:  # noqa: BLE001 - a user's own code and images; the run meets the row and names it
         return {}
 
@@ -125,7 +125,7 @@ def _row(data: Sequence[Sample], place: int) -> _Row:
 # -- bytes of a value -----------------------------------------------------------------------------
 
 
-def _content(value: Any) -> bytes:
+def content_of(value: Any) -> bytes:
     digest = hashlib.sha256()
     _add(digest, value)
     return digest.digest()

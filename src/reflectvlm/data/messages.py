@@ -110,7 +110,7 @@ class _Reader:
         """Keys and values that qwen-vl-utils would overlook or stumble over."""
         where, known = f"part {number} of the {role} turn", _OPTIONS[kind]
         if unknown := sorted(str(key) for key in part if key not in (*known, "type", kind)):
-            detail = f"Key '{unknown[0]}' in {where} is unknown; known: {', '.join(known) or 'none'}."
+            detail = f"Key '{unknown[0]}' in {where} is unknown; known: {', '.join((kind, *known))}."
             raise self.bad("unknown key in messages", detail, "Correct or remove it.")
         for name in filter(part.__contains__, known):
             value, whole = part[name], name in _WHOLE

@@ -77,15 +77,15 @@ class Records:
 
 def open_json_lines(path: Path) -> Records:
     """One object per line; blank lines are passed over but counted."""
-    records = _records(path, parse_json)
+    records = empty_records(path, parse_json)
     with records.file.open("rb") as file:
-        for number, (start, end) in enumerate(_line_spans(file, _after_bom(file)), start=1):
+        for number, (start, end) in enumerate(line_spans(file, after_bom(file)), start=1):
             if end > start:
                 records.add(start, end, number)
     return records
 
 
-def _line_spans(file: io.BufferedReader, start: int) -> Iterator[tuple[int, int]]:
+def line_spans(file: io.BufferedReader, start: int) -> Iterator[tuple[int, int]]:
     """Where each line begins and ends; a blank one ends where it begins. Memory holds a piece of a line."""
     end, blank = start, True
     while piece := file.readline(_PIECE):
@@ -100,15 +100,15 @@ def _line_spans(file: io.BufferedReader, start: int) -> Iterator[tuple[int, int]
 
 def open_csv(path: Path, delimiter: str) -> Records:
     """The first record names the columns. A quoted cell may span lines."""
-    records = _records(path, parse_json)
+    records = empty_records(path, parse_json)
     with records.file.open("rb") as file:
-        lines = _Lines(file, _after_bom(file), path.name)
-        with _long_cells():
-            spans = list(_csv_spans(lines, delimiter, path.name))
+        lines = Lines(file, after_bom(file), path.name)
+        with long_cells():
+            spans = list(csv_spans(lines, delimiter, path.name))
         if not spans:
             raise ValueError(f"{path} has no header line. The first line must name the columns.")
         file.seek(spans[0][0])
-        header = _header(file.read(spans[0][1] - spans[0][0]), delimiter, path)
+        header = header_of(file.read(spans[0][1] - spans[0][0]), delimiter, path)
     records = Records(
         path.name, records.file, partial(parse_csv, header=header, delimiter=delimiter), records.stamp
     )
@@ -141,7 +141,7 @@ def parse_json(data: bytes, position: str) -> Row:
 def parse_csv(data: bytes, position: str, header: tuple[str, ...], delimiter: str) -> Row:
     text = _decoded(data, position)
     try:
-        with _long_cells():
+        with long_cells():
             rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
     except csv.Error as error:
         raise BadRow(
@@ -157,7 +157,7 @@ def parse_csv(data: bytes, position: str, header: tuple[str, ...], delimiter: st
     return dict(zip(header, cells, strict=True))
 
 
-def _records(path: Path, parse: Callable[[bytes, str], Row]) -> Records:
+def empty_records(path: Path, parse: Callable[[bytes, str], Row]) -> Records:
     file = _unpacked(path) if path.suffix == ".gz" else path
     with file.open("rb") as stream:
         stamp = _stamp(stream.fileno())
@@ -205,7 +205,7 @@ def _stamp(descriptor: int) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _after_bom(file: io.BufferedReader) -> int:
+def after_bom(file: io.BufferedReader) -> int:
     start = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
     file.seek(start)
     return start
@@ -232,7 +232,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 @dataclass
-class _Lines:
+class Lines:
     """The lines of a file for `csv.reader`, and how far it has read. Latin-1 keeps every byte, and
     delimiters and quotes are ASCII, so invalid UTF-8 is found later, in its own row."""
 
@@ -261,7 +261,7 @@ class _Lines:
         return line.decode("latin-1")
 
 
-def _csv_spans(lines: _Lines, delimiter: str, name: str) -> Iterator[tuple[int, int, int]]:
+def csv_spans(lines: Lines, delimiter: str, name: str) -> Iterator[tuple[int, int, int]]:
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         start, first = lines.offset, lines.number + 1
@@ -283,7 +283,7 @@ def _csv_spans(lines: _Lines, delimiter: str, name: str) -> Iterator[tuple[int, 
         yield start, lines.offset, first
 
 
-def _header(data: bytes, delimiter: str, path: Path) -> tuple[str, ...]:
+def header_of(data: bytes, delimiter: str, path: Path) -> tuple[str, ...]:
     try:
         text = io.StringIO(data.decode("utf-8"), newline="")
         cells, *more = csv.reader(text, delimiter=delimiter, strict=True)
@@ -299,7 +299,7 @@ def _header(data: bytes, delimiter: str, path: Path) -> tuple[str, ...]:
 
 
 @contextmanager
-def _long_cells() -> Iterator[None]:
+def long_cells() -> Iterator[None]:
     """The csv module refuses cells over 128 kB, for the whole process; base64 images are longer."""
     before = csv.field_size_limit(sys.maxsize)
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -114,7 +114,7 @@ def read_row(
     question = _question(row, position, columns.question)
     answer = "" if columns.answer is None else _answer(row, position, columns.answer)
     name = _id(row, position, columns.id)
-    values = [value for column in columns.image_names for value in _listed(row.get(column))]
+    values = [value for column in columns.image_names for value in listed(row.get(column))]
     _check_markers(question, len(values), position, name, columns)
     images = tuple(_image(value, position, columns, limits, root) for value in values)
     used = {columns.question, columns.answer, columns.id, *columns.image_names}
@@ -123,6 +123,40 @@ def read_row(
         if isinstance(value, str):  # it may be a gold answer to train on, and goes into logs
             _text(value, position, key, "text")
     return Sample(id=name, question=question, answer=answer, images=images, columns=others)
+
+
+def defects(row: Row, position: str, columns: Columns, look: Callable[[RowImage], object]) -> list[BadRow]:
+    """Everything that `read_row` would object to, where it stops at the first: for a report of a whole file.
+
+    `look` is what is done to each image; a BadImage that it raises is one more entry. Rows of messages
+    (`Columns.messages`) have to become plain rows first.
+    """
+    found: list[BadRow] = []
+
+    def kept(part: Callable[..., Any], *values: Any) -> Any:
+        try:
+            return part(*values)
+        except BadRow as bad:
+            found.append(bad)
+            return None
+
+    question = kept(_question, row, position, columns.question)
+    if columns.answer is not None:
+        kept(_answer, row, position, columns.answer)
+    name = kept(_id, row, position, columns.id)
+    images = [(column, value) for column in columns.image_names for value in listed(row.get(column))]
+    if question is not None:
+        kept(_check_markers, question, len(images), position, name or position, columns)
+    for column, value in images:
+        try:
+            look(value)
+        except BadImage as bad:
+            found.append(_of_image(bad, position, column))
+    used = {columns.question, columns.answer, columns.id, *columns.image_names}
+    for key, value in row.items():
+        if isinstance(value, str) and key not in used:
+            kept(_text, value, position, key, "text")
+    return found
 
 
 def _question(row: Row, position: str, column: str) -> str:
@@ -188,7 +222,7 @@ def _id(row: Row, position: str, column: str) -> str:
     raise BadRow(position, column, "id is no text", remedy, f"Column '{column}' holds {_kind(value)}.")
 
 
-def _listed(value: Any) -> list[RowImage]:
+def listed(value: Any) -> list[RowImage]:
     """One entry per image. A CSV cell can hold several as a JSON list: `["a.png", "b.png"]`."""
     if value is None or (isinstance(value, str | bytes) and not value):
         return []
@@ -218,9 +252,12 @@ def _image(value: RowImage, position: str, columns: Columns, limits: ImageLimits
     try:
         return load_image(value, root, limits)
     except BadImage as bad:
-        detail = f"Image {bad.value} {bad.rule}."
         # `from None`: the cause would hold on to the frames, and so to the image's bytes.
-        raise BadRow(position, ", ".join(columns.image_names), bad.reason, bad.remedy, detail) from None
+        raise _of_image(bad, position, ", ".join(columns.image_names)) from None
+
+
+def _of_image(bad: BadImage, position: str, column: str) -> BadRow:
+    return BadRow(position, column, bad.reason, bad.remedy, f"Image {bad.value} {bad.rule}.")
 
 
 def _kind(value: Any) -> str:

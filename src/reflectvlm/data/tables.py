@@ -6,6 +6,7 @@ without our limits and without a way past a broken one.
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -14,7 +15,29 @@ from typing import Any
 
 from reflectvlm.data.rows import BadRow, Row
 
+AS_JSON = {"reflectvlm": "json"}
+"""Metadata of a column whose texts are JSON: it held objects, or values of several kinds, and does so again
+when it is read here."""
 _CACHE_BYTES = 512 * 2**20
+
+
+def json_columns(schema: Any) -> tuple[str, ...]:
+    """The columns of an Arrow schema that are marked `AS_JSON`."""
+    (key, mark), *_ = AS_JSON.items()
+    return tuple(
+        one.name for one in schema if one.metadata and one.metadata.get(key.encode()) == mark.encode()
+    )
+
+
+def with_json(row: dict[str, Any], names: Sequence[str], position: str) -> dict[str, Any]:
+    """The row with the values of those columns. Raises BadRow."""
+    for name in names:
+        if row[name] is not None:
+            try:
+                row[name] = json.loads(row[name])
+            except (ValueError, RecursionError):
+                raise BadRow(position, name, "broken JSON", "Write the table again.") from None
+    return row
 
 
 class ParquetRows:
@@ -50,13 +73,13 @@ class ParquetRows:
         number = bisect_right(self._starts, index) - 1
         try:
             table = self._group(number)
-            row: Row = table.slice(index - self._starts[number], 1).to_pylist()[0]
+            row: dict[str, Any] = table.slice(index - self._starts[number], 1).to_pylist()[0]
         except UnicodeDecodeError:
             raise BadRow(self.position(index), "", "invalid UTF-8", "Write the text as UTF-8.") from None
         except (pyarrow.ArrowException, OSError) as error:
             detail = f"Its row group cannot be read ({str(error).splitlines()[0][:120]})."
             raise BadRow(self.position(index), "", "broken Parquet", "Copy the file again.", detail) from None
-        return row
+        return with_json(row, json_columns(table.schema), self.position(index))
 
     def _index(self, path: Path) -> None:
         import pyarrow

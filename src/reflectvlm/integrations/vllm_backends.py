@@ -31,9 +31,9 @@ PROCESSED = "processed_logprobs"
 
 
 def check_installed() -> None:
-    """Raises ModuleNotFoundError with what to install."""
+    """Raises ValueError with what to install."""
     if missing := [name for name in ("trl", "vllm") if find_spec(name) is None]:
-        raise ModuleNotFoundError(
+        raise ValueError(
             f"VLLMEngine needs {' and '.join(missing)}, not installed: pip install reflectvlm[vllm]. Or take "
             "engine=InProcessEngine (reflectvlm.rollout.engine), which needs neither."
         )

@@ -119,7 +119,7 @@ def watched_attention(
     if watch.counts(layer):
         for row in watch.queries.any(1).nonzero().flatten().tolist():
             chosen = watch.queries[row].nonzero().flatten()
-            mask = _row_mask(attention_mask, row, chosen, query, key)
+            mask = row_mask(attention_mask, row, chosen, query, key)
             weights = attention_weights(query[row : row + 1, :, chosen], key[row : row + 1], mask, scaling)
             watch.add(row, weights[0, ..., : watch.width].transpose(0, 1))
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -148,7 +148,7 @@ def additive(mask: Bool[Tensor, "R 1 T S"], dtype: torch.dtype) -> Float[Tensor,
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))
 
 
-def _row_mask(mask: Tensor | None, row: int, chosen: Tensor, query: Tensor, key: Tensor) -> Tensor:
+def row_mask(mask: Tensor | None, row: int, chosen: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """[1, 1, chosen, S] of one row, to be added to scores; without a mask, attention is causal over new
     tokens alone."""
     if mask is None:

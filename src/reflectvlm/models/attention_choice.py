@@ -92,7 +92,9 @@ def settle_vision(model: Any, attention: Attention, device: torch.device, dtype:
 @functools.cache
 def _told(attention: Attention, device: torch.device, dtype: torch.dtype) -> Choice:
     choice = choose_attention(attention, device, dtype, flash_attn_missing)
-    log.info("vision attention on %s: %s; %s", device, choice.vision, choice.why)
+    # On a CPU there is nothing to choose.
+    level = logging.INFO if device.type == "cuda" else logging.DEBUG
+    log.log(level, "vision attention on %s: %s; %s", device, choice.vision, choice.why)
     return choice
 
 

@@ -104,7 +104,8 @@ def with_features(
     if len(features) == 0:
         return Embedded(tokens=tokens)
     places = (visual.flatten() >= 0).nonzero().flatten()
-    shown = features[visual.flatten()[places]].to(tokens.dtype)
+    # Not features[…], whose backward adds what is shown twice in no fixed order.
+    shown = features.index_select(0, visual.flatten()[places]).to(tokens.dtype)
     first, *layers = shown.split(tokens.shape[-1], dim=-1)
     return Embedded(
         tokens=tokens.flatten(0, 1).index_copy(0, places, first).view_as(tokens),

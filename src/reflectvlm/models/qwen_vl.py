@@ -344,7 +344,9 @@ class QwenVL:
     ) -> Float[Tensor, "K D"]:
         """Hidden states from which these tokens are predicted."""
         hidden, where = self._hidden_states(batch, features)
-        return hidden.flatten(0, 1)[where[row, batch.predictor[row, column]]]
+        # Not hidden[…]: a group's answers share places, and its backward on a CPU adds with all threads at
+        # once, in another order each time. On a GPU it is this one's that has no order, but it need not sort.
+        return hidden.flatten(0, 1).index_select(0, where[row, batch.predictor[row, column]])
 
     def _hidden_states(
         self, batch: Batch, features: Float[Tensor, "V F"]

@@ -11,7 +11,7 @@ from typing import Any
 from reflectvlm.planning.job import Adapter, Compute, Job, Load, Training
 from reflectvlm.planning.reading import read_shape
 from reflectvlm.planning.shapes import ModelShape
-from reflectvlm.recipe_check import RecipeError, arguments
+from reflectvlm.recipe_check import RecipeError, arguments, check_trains
 
 TEXT = 256
 """Tokens of a question with its instruction, where only the whole row's limit is known (SFT)."""
@@ -32,6 +32,7 @@ class Lengths:
 
 def job_of(values: Mapping[str, Any], gpus: int, lengths: Lengths = Lengths()) -> Job:
     """Raises ValueError for a recipe that makes no trainer, and for settings that cannot be."""
+    check_trains(values)
     policy = values.get("policy")
     if not isinstance(policy, Mapping):
         raise RecipeError("The recipe has no policy, so there is no model to plan for.")
@@ -39,12 +40,28 @@ def job_of(values: Mapping[str, Any], gpus: int, lengths: Lengths = Lengths()) -
     compute = _compute(values, gpus)
     kind = _kind(values)
     load = _rows(values, shape, lengths) if kind == "sft" else _rollouts(values, kind, shape, lengths)
+    training = _training(values, policy, kind)
+    _check_together(training, compute)
     return Job(
         shape=shape,
-        training=_training(values, policy, kind),
+        training=training,
         load=_shared(load, compute.world),
         compute=compute,
     )
+
+
+def _check_together(training: Training, compute: Compute) -> None:
+    """What a start refuses when the weights are there (`train/zero.py`), said before."""
+    if compute.stage == 3 and training.adapter is not None and training.adapter.bits is not None:
+        raise ValueError(
+            "compute is zero3, and policy.quantize is set: a quantised base cannot be shared. Take "
+            "compute=zero2 or ddp, where only adapters are trained anyway."
+        )
+    if compute.stage and training.moments == 8:
+        raise ValueError(
+            f"compute is {compute.kind}, and optimizer.bits is 8: ZeRO divides moments of 32 bits. Set "
+            "optimizer.bits=32, or take compute=ddp."
+        )
 
 
 def get(node: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -115,6 +132,8 @@ def _training(values: Mapping[str, Any], policy: Mapping[str, Any], kind: str) -
 def _rollouts(values: Mapping[str, Any], kind: str, shape: ModelShape, lengths: Lengths) -> Load:
     sampling = values.get("sampling") or {}
     limit = int(get(values, "max_prompt_tokens", 2048))
+    _check_room(lengths.prompt, limit, "prompt=", "max_prompt_tokens")
+    _check_room(lengths.visual, limit, "visual=", "max_prompt_tokens")
     visual = _visual(values, shape, lengths, limit)
     rl = kind == "rl"
     prompts = get(values, "prompts_per_step", 8) if rl else get(values, "rows_per_batch", 64)
@@ -136,8 +155,17 @@ def _rollouts(values: Mapping[str, Any], kind: str, shape: ModelShape, lengths: 
 def _rows(values: Mapping[str, Any], shape: ModelShape, lengths: Lengths) -> Load:
     """Of SFT: the longest row, with one image in front of its question."""
     limit = int(get(values, "max_tokens", 4096))
-    visual = min(_visual(values, shape, lengths, limit), limit - 2)
-    prompt = lengths.prompt or max(visual, min(visual + TEXT, limit - 1))
+    answer = lengths.answer or 1
+    if lengths.prompt is not None:
+        _check_room(lengths.prompt + answer, limit, "prompt= and answer= together", "max_tokens")
+    if lengths.visual is not None:
+        _check_room(lengths.visual + answer, limit, "visual= and answer= together", "max_tokens")
+    _check_room(lengths.answer and lengths.answer + 1, limit, "a prompt and answer= together", "max_tokens")
+    room = limit - answer
+    visual = _visual(values, shape, lengths, limit)
+    if lengths.visual is None:
+        visual = max(0, min(visual, room - 1))
+    prompt = lengths.prompt or max(visual, min(visual + TEXT, room))
     return Load(
         kind="sft",
         prompt=prompt,
@@ -147,6 +175,14 @@ def _rows(values: Mapping[str, Any], shape: ModelShape, lengths: Lengths) -> Loa
         micro_tokens=int(get(values, "micro_tokens", 16_384)),
         max_rows=int(get(values.get("engine") or {}, "max_rows", 64)),
     )
+
+
+def _check_room(tokens: int | None, limit: int, what: str, setting: str) -> None:
+    if tokens is not None and tokens > limit:
+        raise ValueError(
+            f"{what} {tokens:,} tokens, but the recipe leaves out rows longer than {setting}={limit:,}. Give "
+            f"fewer, or plan with {setting}={tokens}."
+        )
 
 
 def _visual(values: Mapping[str, Any], shape: ModelShape, lengths: Lengths, limit: int) -> int:

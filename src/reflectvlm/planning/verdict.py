@@ -38,8 +38,16 @@ def remedy(job: Job, memory: float) -> Remedy | None:
 
 def _fitting(job: Job, memory: float) -> Iterator[Remedy]:
     for settings, changed in (*_alone(job), *_together(job), *_more_gpus(job)):
+        if _refused(changed):
+            continue
         if (found := fullest(changed)).total <= memory:
             yield Remedy(settings=settings, job=changed, peak=found)
+
+
+def _refused(job: Job) -> bool:
+    """What a start would refuse."""
+    quantised = job.training.adapter is not None and job.training.adapter.bits is not None
+    return bool(job.compute.stage and job.training.moments == 8) or (job.compute.stage == 3 and quantised)
 
 
 def _alone(job: Job) -> Iterator[Changed]:

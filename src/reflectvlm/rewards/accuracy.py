@@ -126,18 +126,8 @@ class Accuracy:
             return answers.lookback_question(gold, text)
         boxed = self.answer_from == "boxed"
         answer = answers.extract_boxed(text) if boxed else answers.extract_tag(text, self.answer_from)
-        return bool(answer) and self._grade(gold, str(answer))
-
-    def _grade(self, gold: str, answer: str) -> bool | Equal:
-        if answer.strip() == gold.strip():
-            return True  # whatever the kind: a gold answer that its grader cannot read still equals itself
-        kind = answers.kind_of(gold) if self.kind == "auto" else self.kind
-        if kind == "math":
-            return answers.math_question(gold, answer)
-        grade = {"number": answers.grade_number, "choice": answers.grade_choice, "text": answers.grade_text}[
-            kind
-        ]
-        return grade(gold, answer)
+        kind = None if self.kind == "auto" else self.kind
+        return bool(answer) and answers.graded(gold, str(answer), kind)
 
 
 def _values(row: list[float | Exception]) -> list[float] | Exception:

@@ -18,6 +18,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import Literal
 
+from reflectvlm.rewards.hopeless import hopeless, without_exclamation
 from reflectvlm.rewards.maths import Equal, settle_one
 from reflectvlm.tags import find_boxes
 
@@ -132,8 +133,8 @@ def grade_text(gold: str, answer: str) -> bool:
 def grade_math(gold: str, answer: str, timeout: float = 10.0) -> bool:
     """Equal as text or by math-verify (gold first) in an isolated worker.
 
-    Raises `RewardError` if the worker was killed or died. An answer of more than 2,000 characters
-    that is not the gold text is wrong and is not parsed.
+    Raises `RewardError` if the worker was killed or died. An answer of more than 2,000 characters, or one
+    that would never be finished with (`hopeless.py`), is wrong and not parsed unless it is the gold text.
     """
     return _settled(math_question(gold, answer), timeout)
 
@@ -142,7 +143,7 @@ def math_question(gold: str, answer: str) -> bool | Equal:
     """What `grade_math` decides at once, or the question for a worker."""
     if grade_text(gold, answer):
         return True
-    if not gold.strip() or not answer.strip() or len(answer) > _MATH_MAX_CHARACTERS:
+    if not gold.strip() or not answer.strip() or _never_settled(answer):
         return False
     return Equal("math_equal", gold, answer)
 
@@ -159,10 +160,28 @@ def grade_lookback(gold: str, text: str, timeout: float = 10.0) -> bool:
     return _settled(lookback_question(gold, text), timeout) or lookback_letter(gold, text)
 
 
+def graded(gold: str, answer: str, kind: Kind | None = None) -> bool | Equal:
+    """Is this, cut out of a reply, the gold answer? By the gold answer's kind unless another is given: right,
+    wrong, or the question for a worker. Training's accuracy and the strict scorer both ask this."""
+    if answer.strip() == gold.strip():
+        return True  # whatever the kind: a gold answer that its grader cannot read still equals itself
+    answer = without_exclamation(answer)
+    kind = kind or kind_of(gold)
+    if kind == "math":
+        return math_question(gold, answer)
+    return {"number": grade_number, "choice": grade_choice, "text": grade_text}[kind](gold, answer)
+
+
+def lookback_answer(text: str) -> str:
+    """What Look-Back's rule takes for the answer: the last box if it closes, else the text "None"."""
+    return _mathruler_box(text)
+
+
 def lookback_question(gold: str, text: str) -> bool | Equal:
-    """Look-Back's two graders; they are not asked about more than 2,000 characters, which are wrong."""
+    """Look-Back's two graders; they are not asked about more than 2,000 characters, nor about what they would
+    never finish with (`hopeless.py`): that is wrong unless it is the gold answer's text."""
     answer = _mathruler_box(text)
-    return False if len(answer) > _MATH_MAX_CHARACTERS else Equal("lookback_equal", gold, answer)
+    return answer == gold.strip() if _never_settled(answer) else Equal("lookback_equal", gold, answer)
 
 
 def lookback_letter(gold: str, text: str) -> bool:
@@ -172,6 +191,10 @@ def lookback_letter(gold: str, text: str) -> bool:
 
 def _settled(question: bool | Equal, timeout: float) -> bool:
     return question if isinstance(question, bool) else settle_one(question, timeout)
+
+
+def _never_settled(answer: str) -> bool:
+    return len(answer) > _MATH_MAX_CHARACTERS or hopeless(answer)
 
 
 def require_mathruler() -> None:

@@ -7,11 +7,13 @@ on one request the first in the file counts for everybody, also for the one that
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
 import os
 import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,40 +22,85 @@ from reflectvlm.rewards.verdict import Verdict
 _log = logging.getLogger("reflectvlm")
 
 
-class VerdictCache:
-    """Example: `VerdictCache("judge.jsonl").get(key)` is a `Verdict`, or None if nobody has asked."""
+def read_verdict(row: Mapping[str, Any]) -> Verdict:
+    score = row["score"]
+    return Verdict(score=None if score is None else float(score), why=str(row["why"]))
 
-    def __init__(self, path: str | Path) -> None:
+
+def verdict_line(verdict: Verdict) -> dict[str, Any]:
+    return {"score": verdict.score, "why": verdict.why}
+
+
+class VerdictCache:
+    """Example: `VerdictCache("judge.jsonl").get(key)` is a `Verdict`, or None if nobody has asked.
+
+    `read` and `written` say how a line holds what was said: by default a verdict, elsewhere a text
+    (`eval/asking.py`). `read` raises ValueError, KeyError or TypeError for a line that holds none.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        read: Callable[[Mapping[str, Any]], Any] = read_verdict,
+        written: Callable[[Any], dict[str, Any]] = verdict_line,
+        *,
+        what: str = "judge's cache",
+        strict: bool = False,
+    ) -> None:
+        """`what` the file is, in messages. `strict`: one that cannot be written is an error, where what was
+        said has cost something; else a warning."""
         self.path = Path(path)
-        self._verdicts: dict[str, Verdict] = {}
+        self.what, self.strict = what, strict
+        self._read, self._written = read, written
+        self._verdicts: dict[str, Any] = {}
         self._read_to = 0
         self._lock = threading.Lock()
         self._failed = False
         if self.path.is_dir():
             raise ValueError(
-                f"The judge's cache {self.path} is a folder. Name a file, e.g. {self.path}/judge.jsonl."
+                f"The {what} {self.path} is a folder. Name a file, e.g. {self.path}/judge.jsonl."
             )
+        if strict:  # found out before anything is paid for
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.path.open("ab").close()
+            except OSError as error:
+                raise self._unwritable(error) from error
 
-    def get(self, key: str) -> Verdict | None:
+    def get(self, key: str) -> Any:
         """Also what another process has written in the meantime."""
         with self._lock:
             if key not in self._verdicts:
                 self._read_on()
             return self._verdicts.get(key)
 
-    def put(self, key: str, verdict: Verdict, **about: Any) -> Verdict:
+    def has(self, wanted: Callable[[Any], bool]) -> bool:
+        """Whether any that is there is such a one, also of those that another process has written."""
+        with self._lock:
+            self._read_on()
+            return any(map(wanted, self._verdicts.values()))
+
+    def put(self, key: str, verdict: Any, **about: Any) -> Any:
         """Writes a verdict unless there is one already; gives the one that counts."""
-        line = {"key": key, **about, "score": verdict.score, "why": verdict.why}
+        line = {"key": key, **about, **self._written(verdict)}
         with self._lock:
             try:
                 self._append(key, json.dumps(line).encode() + b"\n")
             except OSError as error:
+                if self.strict:
+                    raise self._unwritable(error) from error
                 if not self._failed:
                     _log.warning(
-                        "The judge's cache %s cannot be written: %s. It costs a re-run.", self.path, error
+                        "The %s %s cannot be written: %s. It costs a re-run.", self.what, self.path, error
                     )
                 self._failed = True
             return self._verdicts.setdefault(key, verdict)
+
+    def _unwritable(self, error: OSError) -> ValueError:
+        return ValueError(
+            f"The {self.what} {self.path} cannot be written: {error.strerror or error}. Make room or name "
+            "another file, and start again: what is in it is not asked again."
+        )
 
     def _append(self, key: str, line: bytes) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +112,9 @@ class VerdictCache:
                 return
             size = os.fstat(fd).st_size
             cut = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
-            os.write(fd, b"\n" + line if cut else line)
+            whole = b"\n" + line if cut else line
+            if os.write(fd, whole) < len(whole):  # the disk is full: the next line begins on a new one
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(fd)  # and the lock with it
 
@@ -87,8 +136,6 @@ class VerdictCache:
             return
         try:
             row = json.loads(line)
-            score = row["score"]
-            verdict = Verdict(score=None if score is None else float(score), why=str(row["why"]))
-            self._verdicts.setdefault(str(row["key"]), verdict)
+            self._verdicts.setdefault(str(row["key"]), self._read(row))
         except (ValueError, KeyError, TypeError, RecursionError):
-            _log.warning("A line of the judge's cache %s is cut or damaged and is passed over.", self.path)
+            _log.warning("A line of the %s %s is cut or damaged and is passed over.", self.what, self.path)

@@ -6,13 +6,12 @@ marks" stands inside a string and cannot end it. Left out: scores with reasons p
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from reflectvlm.rewards.chat_reply import BadReply, data_url, read_text, short
 from reflectvlm.rewards.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -25,18 +24,6 @@ INSTRUCTION = (
     'JSON object and nothing else: {"score": 1 if it does, 0 if not, "why": "one short sentence"}.'
 )
 _MAX_WHY_CHARACTERS = 1000
-
-
-class BadReply(Exception):
-    """The model said nothing that can be read as a verdict."""
-
-
-class NoCompletion(BadReply):
-    """What came is no chat completion: the word of a proxy or of a broken server, not of the model."""
-
-
-class Refusal(BadReply):
-    """The model, or its server, declined to judge. Asking again would change nothing."""
 
 
 def messages(
@@ -52,41 +39,9 @@ def messages(
     return [{"role": "system", "content": instruction}, {"role": "user", "content": content}]
 
 
-def data_url(image: Image) -> str:
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
 def read_reply(body: bytes) -> Verdict:
     """The verdict in a chat completion. Raises `BadReply` that says what is wrong with it."""
-    choice = _choice(body)
-    message = choice["message"]
-    if message.get("refusal") or choice.get("finish_reason") == "content_filter":
-        raise Refusal(f"the judge refused: {_short(message.get('refusal') or 'content filter')}")
-    content = _text(message.get("content"))
-    if not content.strip():
-        raise BadReply("the judge's reply is empty")
-    if choice.get("finish_reason") == "length":
-        raise BadReply(f"the judge's reply was cut at its limit of tokens: {_short(content)}")
-    return _verdict(content)
-
-
-def _choice(body: bytes) -> dict[str, Any]:
-    try:
-        reply = json.loads(body)
-        choice = reply["choices"][0]
-        if isinstance(choice["message"], dict):
-            return dict(choice)
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        pass
-    raise NoCompletion(f"the server's reply is no chat completion: {_short(body.decode(errors='replace'))}")
-
-
-def _text(content: Any) -> str:
-    if isinstance(content, list):
-        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return content if isinstance(content, str) else ""
+    return _verdict(read_text(body))
 
 
 def _verdict(content: str) -> Verdict:
@@ -98,9 +53,9 @@ def _verdict(content: str) -> Verdict:
         found = json.loads(said)
         score = found["score"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise BadReply(f"the judge's reply is no JSON object with a score: {_short(content)}") from None
+        raise BadReply(f"the judge's reply is no JSON object with a score: {short(content)}") from None
     if not _is_score(score):
-        raise BadReply(f"the judge's score is {_short(json.dumps(score))}, not a number from 0 to 1")
+        raise BadReply(f"the judge's score is {short(json.dumps(score))}, not a number from 0 to 1")
     return Verdict(score=float(score), why=str(found.get("why", ""))[:_MAX_WHY_CHARACTERS])
 
 
@@ -108,8 +63,3 @@ def _is_score(score: Any) -> bool:
     if isinstance(score, bool) or not isinstance(score, (int, float)):
         return False
     return math.isfinite(score) and 0 <= score <= 1
-
-
-def _short(text: str) -> str:
-    line = " ".join(str(text)[:400].split())
-    return repr(line if len(line) <= 160 else f"{line[:157]}...")

@@ -22,7 +22,7 @@ _REMEMBERED = 8192
 class Equal(NamedTuple):
     """Is this answer equal to the gold answer, by this function of `grading.py`?"""
 
-    function: Literal["math_equal", "lookback_equal"]
+    function: Literal["math_equal", "lookback_equal", "exchanged_equal", "mathvision_equal"]
     gold: str
     answer: str
 

@@ -38,10 +38,12 @@ class Compute:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"compute.kind is {self.kind!r}. It must be one of {', '.join(KINDS)}.")
-        if self.offload_optimizer and not self.stage:
+        if (self.offload_optimizer or self.offload_parameters) and not self.stage:
+            names = [name for name in ("offload_optimizer", "offload_parameters") if getattr(self, name)]
+            take = "zero3" if self.offload_parameters else "zero1, zero2 or zero3"
             raise ValueError(
-                f"compute.offload_optimizer is set with kind={self.kind!r}, which keeps moments where the "
-                "weights are. Take zero1, zero2 or zero3."
+                f"compute.{' and compute.'.join(names)}: set with kind={self.kind!r}, which keeps weights "
+                f"and moments where they are worked on. Take {take}, or leave it out."
             )
         if self.offload_parameters and self.stage != 3:
             raise ValueError(

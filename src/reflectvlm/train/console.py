@@ -57,6 +57,10 @@ def _seconds(value: float) -> str:
     return f"{value:.2f}s"
 
 
+_SHARES = ("accuracy", "f1", "overall", "score_strict", "chair_i", "circular", "vanilla", "unscored")
+"""Headlines of benchmarks that are shares; others may be points, as MME's total and MMHal's rating are."""
+
+
 KNOWN: tuple[Known, ...] = (
     Known("loss", "loss", _plain),
     Known("reward", "reward", _plain),
@@ -64,6 +68,11 @@ KNOWN: tuple[Known, ...] = (
     Known("unscored", "unscored", _percent),
     Known("accuracy", "accuracy", _percent),
     Known("eval/accuracy", "eval accuracy", _percent),
+    *(Known(f"official/{name}", f"official {name}", _percent) for name in _SHARES),
+    Known("official/*", "official *", _plain),
+    *(Known(f"strict/{name}", f"strict {name}", _percent) for name in _SHARES),
+    Known("strict/*", "strict *", _plain),
+    Known("missing", "rows not asked", _plain),
     Known("back_rate", "looks back", _percent),
     Known("layout_rate", "valid layout", _percent),
     Known("blocks/count", "looks per answer", _count),
@@ -250,10 +259,18 @@ def compare(
     return table
 
 
-def results(values: Mapping[str, float | int]) -> dict[str, float | int]:
-    """What the table at a run's end is about: held-out rates and lengths. Of two names for one value the
-    plainer; the reward as a sum only where there is no accuracy; what is unscored only where it is some."""
-    twice = {key for key, plain in PLAIN_NAMES.items() if plain in values}
+def results(
+    values: Mapping[str, float | int], beside: Mapping[str, float | int] | None = None
+) -> dict[str, float | int]:
+    """What the table at a run's end is about: held-out rates and lengths. Of two names for one value, here
+    and in the column `beside`, the plainer; the reward as a sum only where there is no accuracy; what is
+    unscored only where it is some."""
+    twice = {
+        key
+        for key, plain in PLAIN_NAMES.items()
+        if plain in values
+        and all(key not in one or one[key] == one.get(plain) for one in (values, beside or {}))
+    }
     left_out = twice | ({"reward"} if "accuracy" in values else set())
     return {
         key: values[key]

@@ -96,6 +96,8 @@ class Group:
         self.ranks: list[_Rank] = []
         self.asked: int | None = None
         """The signal that this process was sent."""
+        self.held: list[int] | None = None
+        """Signals that came while a process was started, which could be told to the others only."""
         self.patience = 60 * pulse.patience_minutes()
 
     def run(self) -> int:
@@ -103,7 +105,11 @@ class Group:
             with self._passed_on():
                 for local in range(self.launch.processes):
                     if self.asked is None:
+                        self.held = []
                         self.ranks.append(self._start(local))
+                        came, self.held = self.held, None
+                        for number in came:
+                            self._pass_on(number)
                 failed = self._watch()
                 return self._end(failed) if failed is not None else self._stop_code() or 0
         finally:
@@ -189,7 +195,7 @@ class Group:
             put_error(
                 f"error: {told}{patience}; all are ended. resume=auto goes on from the last checkpoint.\n"
             )
-            if failed.number and code > 0:
+            if failed.number and code != -signal.SIGKILL:  # which leaves no time for last words
                 put_error("".join(f"rank {failed.number}: {line}" for line in failed.last_said()))
         return code if code > 0 else 1
 
@@ -226,15 +232,21 @@ class Group:
         while time.monotonic() < until and any(rank.ended() is None for rank in self.ranks):
             time.sleep(_LOOK)
 
+    def _pass_on(self, number: int) -> None:
+        for rank in self.ranks:
+            if rank.process.poll() is None:
+                rank.process.send_signal(number)
+
     @contextlib.contextmanager
     def _passed_on(self) -> Iterator[None]:
         """Within the block signals to this process go to all of its processes, and end them, not it."""
 
         def handle(number: int, _frame: FrameType | None) -> None:
             self.asked = self.asked or number
-            for rank in self.ranks:
-                if rank.process.poll() is None:
-                    rank.process.send_signal(number)
+            if self.held is None:
+                self._pass_on(number)
+            else:
+                self.held.append(number)
 
         before: dict[signal.Signals, Any] = {}
         for asked in _SIGNALS:

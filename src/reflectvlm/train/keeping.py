@@ -183,8 +183,8 @@ def _check_same(checkpoint: Checkpoint, now: Mapping[str, JSON]) -> None:
     for name in dict.fromkeys([*before["files"], *now["files"]]):
         if before["files"].get(name) != now["files"].get(name):
             log.warning(
-                "%s is not what it was when %s was written: from here on this is another run than the one "
-                "that began", name, checkpoint.path,
+                "The file that the recipe names by %r is another one than when %s was written: from here on "
+                "this is another run than the one that began", name, checkpoint.path,
             )  # fmt: skip
     for name, version in now["versions"].items():
         if (then := before["versions"].get(name)) != version:
@@ -199,7 +199,7 @@ def _files(recipe: str | None) -> dict[str, str]:
     import yaml
 
     values = yaml.safe_load(recipe) if recipe else {}
-    apart = ("policy", "data", "output", "evaluation", "test")
+    apart = ("policy", "data", "output", "evaluation", "test", "compute")
     return named_files({key: one for key, one in values.items() if key not in apart})
 
 

@@ -42,6 +42,7 @@ from reflectvlm.train.signals import StopRequest, agreed
 from reflectvlm.train.trackers import JsonLines, TensorBoard, Trackers
 from reflectvlm.train.update import NonFinite
 from reflectvlm.train.what_trains import what_trains
+from reflectvlm.train.written import Pictures
 
 log = logging.getLogger("reflectvlm")
 
@@ -68,7 +69,13 @@ class _Loop:
         self.ranks = trainer.ranks
         self.store = CheckpointStore(folder.checkpoints, keep=self.output.keep)
         self.saver = Saver(self.store)
-        self.jsonl = JsonLines(folder.path)
+        side = self.output.sample_images
+        self.jsonl = JsonLines(
+            folder.path,
+            samples_per_step=self.output.samples_per_step,
+            held_out_answers=self.output.held_out_answers,
+            pictures=Pictures(folder.sample_images, side) if side else None,
+        )
         # The first process alone talks and writes.
         self.console = Console(
             name,
@@ -385,8 +392,11 @@ class _Loop:
                 self._write_model()
         self.trackers.close()
         title = f"{stages.without_digest(self.folder.path.name)}: held-out rows, greedy"
-        shown = results(self.before), results(after)
+        shown = results(self.before, after), results(after, self.before)
         markdown = self.console.table(title, *shown).markdown if after else title
+        for line in self.trainer.test.notes(after) if self.trainer.test is not None else ():
+            self.console.say(line)
+            markdown += f"\n- {line}\n"
         if self.ranks.first:
             self._draw()  # before the summary, which says that the run is finished
             self.folder.write_summary({"before": self.before, "after": after, "steps": self.done}, markdown)

@@ -18,7 +18,9 @@ from reflectvlm.rewards.rubric import Rubric
 from reflectvlm.rollout.engine import InProcessEngine
 from reflectvlm.spans import count_tokens
 from reflectvlm.train.evaluate import Evaluation
+from reflectvlm.train.ranks import Ranks
 from reflectvlm.train.runtime import Runtime
+from reflectvlm.train.sharing import Placed, shared
 from reflectvlm.train.table import Table
 from reflectvlm.types import Instruction, SamplingParams, ScoredGroup
 
@@ -42,6 +44,8 @@ class Figures:
     truncated: float
     seconds: float
     """Time to generate all answers; a warm-up, prompts and scoring are not counted."""
+    processes: int = 1
+    """That shared the questions; of the slowest are the seconds."""
 
 
 def measure(
@@ -52,24 +56,35 @@ def measure(
     reattention: Reattention,
     measures: Mapping[str, Reward],
     engine: Callable[..., RolloutEngine] = InProcessEngine,
+    ranks: Ranks | None = None,
 ) -> Figures:
     """Asks a model the held-out questions. `measures` are rewards that only this comparison looks at;
-    `engine` makes the engine from the policy."""
-    policy.module.to(Runtime().device)
-    prompts = [policy.prompt(held_out.data[i], instruction) for i in range(len(held_out.data))]
+    `engine` makes the engine from the policy; `ranks` are the processes that share the questions, of which
+    the slowest gives the time."""
+    ranks = ranks or Ranks()
     sampling = SamplingParams(max_tokens=held_out.max_tokens, temperature=0.0)
-    made = engine(policy=policy)
-    # The first pass of a process and of a shape costs what none after it does: it is not timed.
-    made.generate(prompts[:2], 1, replace(sampling, max_tokens=WARM_UP), reattention, seed=0)
-    started = time.perf_counter()
-    groups = made.generate(prompts, 1, sampling, reattention, seed=0)
-    seconds = time.perf_counter() - started
     judge = replace(
         rubric,
         rewards={**rubric.rewards, **measures},
         weights={**rubric.weights, **dict.fromkeys(measures, 0.0)},
     )
-    return figures_of(judge.score(groups), seconds)
+    seconds = 0.0
+
+    def answered() -> list[Placed]:
+        nonlocal seconds
+        policy.module.to(Runtime().device)
+        made = engine(policy=policy)
+        places = ranks.mine(len(held_out.data))
+        prompts = [policy.prompt(held_out.data[place], instruction) for place in places]
+        # The first pass of a process and of a shape costs what none after it does: it is not timed.
+        made.generate(prompts[:2], 1, replace(sampling, max_tokens=WARM_UP), reattention, seed=0)
+        started = time.perf_counter()
+        groups = made.generate(prompts, 1, sampling, reattention, seed=0)
+        seconds = time.perf_counter() - started
+        return list(map(Placed, places, judge.score(groups)))
+
+    groups, _ = shared(ranks, answered)
+    return replace(figures_of(groups, ranks.most([seconds])[0]), processes=ranks.world)
 
 
 def figures_of(groups: Sequence[ScoredGroup], seconds: float) -> Figures:
@@ -93,7 +108,8 @@ def comparison(title: str, figures: Mapping[str, Figures]) -> Table:
     drawn = Table(title, ("model", "accuracy", "hallucination", "layout", "length", "inserted", "seconds"))
     for name, of in figures.items():
         shares = (share(value) for value in (of.accuracy, of.hallucination, of.layout))
-        drawn.add(name, *shares, f"{of.length:.1f}", f"{of.inserted:.1f}", f"{of.seconds:.1f}")
+        seconds = f"{of.seconds:.1f}" + (f" ({of.processes} processes)" if of.processes > 1 else "")
+        drawn.add(name, *shares, f"{of.length:.1f}", f"{of.inserted:.1f}", seconds)
     return drawn
 
 

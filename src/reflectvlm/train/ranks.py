@@ -214,8 +214,36 @@ def _joined(world: int) -> Ranks:
     from accelerate import PartialState
 
     patience = datetime.timedelta(minutes=patience_minutes())
-    cuda = torch.cuda.is_available() and os.environ.get("REFLECTVLM_CPU") != "1"
-    state = PartialState(cpu=not cuda, timeout=patience)
+    state = PartialState(cpu=not _on_cuda(), timeout=patience)
     assert state.num_processes == world, f"{state.num_processes} processes joined, WORLD_SIZE is {world}"
     group = torch.distributed.new_group(backend="gloo", timeout=patience)
     return Ranks(rank=state.process_index, world=world, group=group)
+
+
+@contextmanager
+def leaving() -> Iterator[None]:
+    """Ends behind the block what `Ranks.joined` began in it, once all are here; nothing for one process.
+
+    A process that just exits does so while gloo's threads run on; one was seen to be aborted then (SIGABRT),
+    when all its work was done. After an error none waits for the others, and NCCL, whose end needs them, is
+    left to the exit. Raises: LostRank.
+    """
+    try:
+        yield
+    except BaseException:
+        if not _on_cuda():
+            _leave()
+        raise
+    if _joined.cache_info().currsize:
+        _joined(int(os.environ["WORLD_SIZE"])).barrier()
+        _leave()
+
+
+def _on_cuda() -> bool:
+    return torch.cuda.is_available() and os.environ.get("REFLECTVLM_CPU") != "1"
+
+
+def _leave() -> None:
+    _joined.cache_clear()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -18,14 +18,13 @@ from torch import Tensor
 
 from reflectvlm.advantages import GroupMean
 from reflectvlm.batch import Batch
-from reflectvlm.models.adapters import adapter_layers
 from reflectvlm.models.carried import carry
 from reflectvlm.models.qwen_vl import QwenVL
 from reflectvlm.models.reference import AdaptersOff, make_reference
 from reflectvlm.objectives import ClippedSurrogate, wants_full_kl
 from reflectvlm.protocols import Advantage, Objective, Reattention, RolloutEngine
 from reflectvlm.pulse import phase
-from reflectvlm.reattention import Implicit, check_reattention
+from reflectvlm.reattention import Implicit
 from reflectvlm.rewards.early import Early
 from reflectvlm.rewards.rubric import Rubric
 from reflectvlm.rollout.engine import InProcessEngine
@@ -36,22 +35,19 @@ from reflectvlm.train.feed import Feed, Share
 from reflectvlm.train.loop import run_training
 from reflectvlm.train.optim import AdamW
 from reflectvlm.train.pending import PartialRollouts, Pending, partial_metrics
-from reflectvlm.train.prefetch import check_workers
 from reflectvlm.train.ranks import Ranks
+from reflectvlm.train.reference_sync import ReferenceSync
+from reflectvlm.train.rl_checks import check_settings
 from reflectvlm.train.row_rules import RowRules
 from reflectvlm.train.run import Metrics, Output, RunResult, StepResult
 from reflectvlm.train.runtime import Runtime
 from reflectvlm.train.sharing import Placed, shared
+from reflectvlm.train.unscored import Unscored
 from reflectvlm.train.update import Updater, score_without_grad
 from reflectvlm.train.zero import sharded_frozen, through
 from reflectvlm.types import Instruction, Prompt, Rollout, Sample, SamplingParams, ScoredGroup
 
 log = logging.getLogger("reflectvlm")
-
-PATIENCE = 3
-"""Steps in a row without any scored rollout, for a failure, after which a run stops."""
-IDLE_STEPS = 10
-"""Steps in a row in which simply no reward applied, after which a run says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,21 +60,6 @@ class DynamicSampling:
     def __post_init__(self) -> None:
         if self.max_rounds < 1:
             raise ValueError(f"DynamicSampling.max_rounds is {self.max_rounds}. It must be at least 1.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReferenceSync:
-    """Every so many steps the reference takes a step towards the policy (TR-DPO, arXiv 2404.09656, soft
-    update): reference <- mix * policy + (1 - mix) * reference."""
-
-    every: int = 500
-    mix: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"ReferenceSync.every is {self.every}. It must be at least 1 step.")
-        if not 0 < self.mix <= 1:
-            raise ValueError(f"ReferenceSync.mix is {self.mix}. It must be above 0 and at most 1.")
 
 
 @dataclass(kw_only=True, eq=False)
@@ -156,73 +137,13 @@ class RLTrainer:
     """Optimiser steps taken so far: the policy version of new rollouts."""
     row_ids: tuple[str, ...] = field(default=(), init=False)
     """Ids of the rows of the current step, for reports."""
-    unscored_steps: int = field(default=0, init=False)
-    """Steps since the last with a scored rollout in which a reward failed or all answers were cut."""
-    _idle_steps: int = field(default=0, init=False, repr=False)
-    """Steps since then in which nothing failed."""
-    _idleness_told: bool = field(default=False, init=False, repr=False)
-    _lost_before: int = field(default=0, init=False, repr=False)
-    """`rubric.lost` after the step before."""
+    unscored: Unscored = field(default_factory=Unscored, init=False, repr=False)
+    """What it knows of steps that taught nothing."""
     _own: dict[int, ScoredGroup] = field(default_factory=dict, init=False, repr=False)
     """This process's groups of the current step, by identity."""
 
     def __post_init__(self) -> None:
-        check_reattention(self.reattention)
-        check_workers(self.workers, self.prefetch)
-        for name in (
-            "steps",
-            "group_size",
-            "prompts_per_step",
-            "updates_per_step",
-            "epochs_per_step",
-            "micro_tokens",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}. It must be at least 1.")
-        if self.group_size < 2:
-            raise ValueError(
-                "group_size is 1: its only advantage is 0, and nothing is learned. Use 2 or more."
-            )
-        if len(self.data) == 0:
-            raise ValueError("data has no rows. Check its path and its filters.")
-        if self.max_nonfinite < 0:
-            raise ValueError(f"max_nonfinite is {self.max_nonfinite}. It must be 0 or more.")
-        if self.reference_sync is not None and getattr(self.objective, "kl", None) is None:
-            raise ValueError(
-                "reference_sync is set, but the objective has no KL term, so there is no reference. Give "
-                "objective.kl, or leave reference_sync out."
-            )
-        if wants_full_kl(self.objective) and self.compute.stage == 3:
-            raise ValueError(
-                "objective.kl.estimator is 'full' with compute=zero3, where nobody has the reference's whole "
-                "head. Take estimator k3 or k2, or compute=zero2."
-            )
-        if self.reference_sync is not None and self.compute.stage == 3:
-            raise ValueError(
-                "reference_sync is set with compute=zero3, whose weights are in shares. Take zero2, or leave "
-                "reference_sync out."
-            )
-        if self.reference_sync is not None and adapter_layers(self.policy.module):
-            raise ValueError(
-                "reference_sync is set, and the policy trains adapters (policy.lora): its reference is the "
-                "policy with them switched off, which cannot follow. Leave reference_sync out (null), or "
-                "train the weights themselves with policy.lora=null."
-            )
-        if not isinstance(self.partial, PartialRollouts | None):
-            raise ValueError(  # noqa: TRY004 - what a user wrote in a recipe
-                f"partial is {self.partial!r}. It takes PartialRollouts, in a recipe "
-                "{_target_: reflectvlm.train.pending.PartialRollouts, tokens: 256}, or null."
-            )
-        if self.partial is not None and self.dynamic_sampling is not None:
-            raise ValueError(
-                "partial and dynamic_sampling are both set. A step that leaves rollouts unfinished does not "
-                "know yet which groups carry a signal: use one of them."
-            )
-        if self.prompts_per_step % self.updates_per_step:
-            raise ValueError(
-                f"updates_per_step={self.updates_per_step} does not divide prompts_per_step="
-                f"{self.prompts_per_step}. Each update takes an equal share of the groups."
-            )
+        check_settings(self)
 
     # -- the step -------------------------------------------------------------------------------
 
@@ -232,7 +153,13 @@ class RLTrainer:
         version = self.updates
         with self.updater.weights.whole():
             scored = self.sample_groups(step)
-        self._check_scored(scored)
+        self.unscored.see(
+            scored,
+            failed=self.ranks.agree(self.rubric.lost > self.unscored.lost),
+            lost=self.rubric.lost,
+            cut=self.drop_truncated and all(r.truncated for group in scored for r in group.rollouts),
+            steps=self.steps,
+        )
         sampled = time.perf_counter()
         useful = [group for group in scored if group.has_signal]
         metrics = summarize(scored, self.tag) | {
@@ -246,7 +173,8 @@ class RLTrainer:
         if self.pending is not None:
             waiting = self.runtime.sum({"groups": float(len(self.pending.waiting))})["groups"]
             metrics |= partial_metrics(scored, version, int(waiting))
-        self._sync_reference(step)
+        if self.reference_sync is not None and self.reference is not None:
+            self.reference_sync(self.policy.module, self.reference.module, step)
         ended = time.perf_counter()
         tokens = sum(len(r.sampled_ids) for group in scored for r in group.rollouts)
         metrics |= {
@@ -256,42 +184,6 @@ class RLTrainer:
             "time/tokens_per_second": tokens / (ended - started),
         }
         return StepResult(metrics=metrics, groups=scored)
-
-    def _sync_reference(self, step: int) -> None:
-        sync = self.reference_sync
-        if sync is None or self.reference is None or (step + 1) % sync.every:
-            return
-        theirs = dict(self.policy.module.named_parameters())
-        with torch.no_grad():
-            for name, parameter in self.reference.module.named_parameters():
-                parameter.lerp_(theirs[name].to(parameter.dtype), sync.mix)
-
-    def _check_scored(self, groups: Sequence[ScoredGroup]) -> None:
-        """A reward that always fails would let the run end well without having learned anything. One that
-        seldom applies (None) has not failed: a long row of such steps is told, once."""
-        failed = self.ranks.agree(self.rubric.lost > self._lost_before)
-        self._lost_before = self.rubric.lost
-        if any(any(group.scored) for group in groups):
-            self.unscored_steps = self._idle_steps = 0
-            return
-        cut = self.drop_truncated and all(r.truncated for group in groups for r in group.rollouts)
-        self.unscored_steps += failed or cut
-        self._idle_steps += not (failed or cut)
-        if self.unscored_steps >= min(PATIENCE, self.steps):
-            raise RuntimeError(
-                f"All rollouts of {self.unscored_steps} step{'s' * (self.unscored_steps > 1)} in a row are "
-                "unscored, so nothing trains. In each of them a reward failed (the warnings above say how), "
-                "or drop_truncated left all answers out. Repair the reward, or raise sampling.max_tokens; "
-                "resume=auto goes on from the last checkpoint, if there is one."
-            )
-        if self._idle_steps >= IDLE_STEPS and not self._idleness_told:
-            self._idleness_told = True
-            log.warning(
-                "No reward applied to any rollout of %d steps in a row (each gave None), so nothing trained "
-                "in them. If that is not meant, give the rubric a reward that always applies, or raise "
-                "prompts_per_step.",
-                self._idle_steps,
-            )
 
     def sample_groups(self, step: int) -> list[ScoredGroup]:
         """Prompts -> scored groups; with dynamic sampling until enough of them carry a signal."""
@@ -546,7 +438,7 @@ class RLTrainer:
         return {
             "position": self.position,
             "updates": self.updates,
-            "unscored_steps": self.unscored_steps,
+            "unscored_steps": self.unscored.steps,
             "rows": self.feed.state(),
             "rubric": self.rubric.state(),
             "pending": [] if self.pending is None else self.pending.state(),
@@ -554,7 +446,7 @@ class RLTrainer:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.position, self.updates = state["position"], state["updates"]
-        self.unscored_steps = state["unscored_steps"]
+        self.unscored.steps = state["unscored_steps"]
         self.feed.load_state(state["rows"])
         self.rubric.load_state(state["rubric"])
         if self.pending is not None:

@@ -62,6 +62,12 @@ class Output:
     """Steps between evaluations on the validation rows; 0 for none."""
     samples_every: int = 10
     """Steps between written rollouts of the training; 0 for none."""
+    samples_per_step: int = 4
+    """Most rollouts of such a step that are written: best and worst of the first groups."""
+    held_out_answers: int = 200
+    """Most answers of the evaluations before and after that are written."""
+    sample_images: int = 256
+    """Longest side, in pixels, of the copies of their pictures that `reflectvlm report` shows; 0: none."""
     trackers: Sequence[Tracker] = ()
     """Further trackers, e.g. wandb; console, JSONL and TensorBoard are always there."""
     checks: bool = True
@@ -76,6 +82,9 @@ class Output:
             ("save_every", 0, "0 saves at the last step only"),
             ("eval_every", 0, "0 is for never"),
             ("samples_every", 0, "0 is for never"),
+            ("samples_per_step", 0, "0 is for none"),
+            ("held_out_answers", 0, "0 is for none"),
+            ("sample_images", 0, "0 keeps no pictures"),
             ("keep", 1, "the newest checkpoint always stays"),
             ("print_every", 1, "1 prints every step"),
         ):

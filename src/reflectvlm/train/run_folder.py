@@ -1,8 +1,8 @@
 """One folder a run: what was asked for, on which machine and code, and all that came of it.
 
     runs/<name>/  recipe.yaml overrides.txt environment.json git.json
-                  metrics.jsonl samples.jsonl tensorboard/ checkpoints/ model/
-                  curves.png summary.json summary.md
+                  metrics.jsonl samples.jsonl sample_images/ tensorboard/ checkpoints/
+                  model/ curves.png summary.json summary.md
 
 A run is finished once its `summary.json` is there. Machine and code are in `environment.py`, the lock is in
 `lock.py`, what may differ when a run is taken up again in `changes.py`.
@@ -161,6 +161,10 @@ class RunFolder:
     @property
     def samples(self) -> Path:
         return self.path / "samples.jsonl"
+
+    @property
+    def sample_images(self) -> Path:
+        return self.path / "sample_images"
 
     @property
     def tensorboard(self) -> Path:

@@ -42,7 +42,8 @@ class Runtime:
 
         _ = self.ranks  # joins first, which says which device is whose
         device: torch.device = PartialState().device
-        return device
+        # A CPU has no number: weights "moved" to cpu:0 are copied, out of the memory that DeepSpeed shares.
+        return torch.device("cpu") if device.type == "cpu" else device
 
     def sum(self, values: Mapping[str, Tensor | float]) -> dict[str, float]:
         """Each value added over ranks."""

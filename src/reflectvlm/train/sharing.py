@@ -60,7 +60,7 @@ def _light(prompt: Prompt) -> Prompt:
     return dataclasses.replace(
         prompt,
         sample=Sample(id=sample.id, question=sample.question, answer=sample.answer, columns=plain),
-        patches=tuple(Patches(pixels=torch.zeros(0), grid=one.grid) for one in prompt.patches),
+        patches=tuple(Patches(pixels=torch.zeros(0, 0), grid=one.grid) for one in prompt.patches),
     )
 
 

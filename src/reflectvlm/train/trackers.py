@@ -2,20 +2,19 @@
 
 All satisfy `protocols.Tracker`; the live view of a terminal is in `console.py`. Values are flat:
 `{"reward/accuracy": 0.5, "loss": 0.1, "time/step": 1.2}`. Keys under `time/` are the only ones that
-may differ between two runs of one recipe and seed. Left out: pictures (curves are in `plots.py`).
+may differ between two runs of one recipe and seed. What is written of rollouts is in `written.py`. Left
+out: plots (`plots.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
-import itertools
 import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,10 +22,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TextIO, cast
 
 from reflectvlm.protocols import Tracker
 from reflectvlm.train.tracker_thread import Lane
+from reflectvlm.train.written import Pictures, sample_rows
 from reflectvlm.types import ScoredGroup
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
@@ -147,18 +146,24 @@ class JsonLines:
     """`metrics.jsonl` and `samples.jsonl` in a folder, one flushed line at a time, and `card.json`.
 
     A number that is not finite becomes null. Floats are written so that they read back exactly.
-    Images appear as a sha256 of their pixels, never themselves.
+    Images appear as a sha256 of their pixels; small copies are kept beside them on request.
     """
 
     folder: Path
     samples_per_step: int = 4
     """Most rollouts written at a step: best and worst of the first groups."""
+    held_out_answers: int | None = None
+    """Most answers of an evaluation written; None for as many as of a step."""
+    pictures: Pictures | None = None
+    """Keeps small copies of the pictures of what is written."""
     _files: dict[str, TextIO] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.folder = Path(self.folder)
         if self.samples_per_step < 0:
             raise ValueError(f"JsonLines.samples_per_step is {self.samples_per_step}. It must be 0 or more.")
+        if self.held_out_answers is not None and self.held_out_answers < 0:
+            raise ValueError(f"JsonLines.held_out_answers is {self.held_out_answers}. It must be 0 or more.")
 
     def start(self, card: Mapping[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -169,8 +174,11 @@ class JsonLines:
         self._append("metrics.jsonl", step, {key: float(value) for key, value in values.items()})
 
     def rollouts(self, step: int, groups: Sequence[ScoredGroup]) -> None:
-        for row in sample_rows(groups, self.samples_per_step):
+        most = self.samples_per_step, self.held_out_answers
+        for row in sample_rows(groups, *most):
             self._append("samples.jsonl", step, row)
+        if self.pictures is not None:
+            self.pictures.keep(groups, *most)
 
     def truncate_after(self, step: int) -> None:
         """Drop all lines of later steps, and a last line that a kill has cut."""
@@ -311,37 +319,6 @@ class Wandb:
         return self._run
 
 
-def sample_rows(groups: Sequence[ScoredGroup], most: int) -> Iterator[dict[str, Any]]:
-    """At most `most` rollouts as plain values: of each group in turn the best and the worst.
-
-    Example: `{"sample": "digits-17", "question": "...", "text": "3 + 5<back>...", "reward": 1.0,
-    "parts": {"accuracy": 1.0}, "scored": True, "stop": "eos", "length": 31, "inserted": 1,
-    "policy_version": 12, "images": ["9f86d0..."]}`
-    """
-    chosen = (
-        (group, index)
-        for group in groups
-        if group.rollouts
-        for index in dict.fromkeys((_extreme(group, max), _extreme(group, min)))
-    )
-    for group, index in itertools.islice(chosen, most):
-        rollout = group.rollouts[index]
-        sample = rollout.prompt.sample
-        yield {
-            "sample": sample.id,
-            "question": sample.question,
-            "text": rollout.text,
-            "reward": group.rewards[index],
-            "parts": {name: values[index] for name, values in group.parts.items()},
-            "scored": group.scored[index],
-            "stop": rollout.stop,
-            "length": len(rollout.sampled_ids),
-            "inserted": len(rollout.insertions),
-            "policy_version": rollout.policy_version,
-            "images": [_image_hash(image) for image in sample.images],
-        }
-
-
 def finite(value: Any) -> Any:
     """A nest of plain values in which every number that JSON lacks (NaN, infinities) is None."""
     if isinstance(value, float):
@@ -355,14 +332,6 @@ def finite(value: Any) -> Any:
 
 def _rewind(rewind: Callable[[int], None], step: int, _: Tracker) -> None:
     rewind(step)
-
-
-def _extreme(group: ScoredGroup, pick: Callable[..., int]) -> int:
-    return pick(range(len(group.rewards)), key=lambda index: group.rewards[index])
-
-
-def _image_hash(image: Image) -> str:
-    return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
 
 
 def _indented(text: str) -> str:

@@ -149,23 +149,38 @@ class Zero:
         return module, {"state": states, "param_groups": self._groups()}
 
     def load(self, module: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         known = {id(one): one for group in self.order for one in group}
         named = self._named()
         names = {id(kept): name for name, kept in named.items()}
         for number, parameter in enumerate(known.values()):
             value = self._completed(parameter, module[names[id(parameter)]])
-            safe_set_full_fp32_param(parameter, value)  # the one that is stepped; and the one that is used:
+            self._give(parameter, value)  # the one that is stepped; and the one that is used:
             with self._one_there(parameter), torch.no_grad():
                 parameter.copy_(value)
             for name in _MOMENTS:
                 kept = optimizer["state"].get(number)
                 if kept is not None:
-                    safe_set_full_optimizer_state(parameter, kept[name].to(self.engine.device), name)
+                    self._give(parameter, kept[name].to(self.engine.device), name)
         if optimizer["state"]:
             self._set_steps(next(iter(optimizer["state"].values()))["step"])
         self._load_rest(module, {name: kept for name, kept in named.items() if id(kept) not in known})
+
+    def _give(self, parameter: nn.Parameter, value: Tensor, moment: str | None = None) -> None:
+        """The whole value of a parameter's master weight, or of a moment, to whoever has shares of it."""
+        from deepspeed import utils
+
+        which = () if moment is None else (moment,)
+        if self.stage < 3:
+            setter = utils.safe_set_full_fp32_param if moment is None else utils.safe_set_full_optimizer_state
+            setter(parameter, value, *which)
+            return
+        # DeepSpeed cuts a whole value without room for the filling of the last share: not every number of
+        # processes divides it.
+        share: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+        size = share.numel()
+        filled = nn.functional.pad(value.flatten(), (0, size * self.ranks.world - value.numel()))
+        setter = utils.safe_set_local_fp32_param if moment is None else utils.safe_set_local_optimizer_state
+        setter(parameter, filled.narrow(0, size * self.ranks.rank, size), *which)
 
     def _load_rest(self, module: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> None:
         """Frozen parameters and buffers: they came from the same files, and are checked to."""

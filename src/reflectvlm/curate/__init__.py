@@ -1,0 +1,1 @@
+"""Making the data that neither paper released: teachers, traces, filters, review."""

@@ -1,0 +1,1 @@
+"""Benchmarks, their official rules, and the tables that come of them."""
