@@ -21,7 +21,7 @@ from typing import Any
 from calls_runs import die_in_write
 from torture_disk import Disk, KillAt, Point
 
-STAGES = ("answers", "traces", "votes", "rewrites")
+STAGES = ("questions", "answers", "traces", "votes", "rewrites")
 RULE: Mapping[str, list[str]] = {
     "coldstart": [
         "method=semantic_back",
@@ -162,6 +162,18 @@ def served(url: str, tries: int) -> list[str]:
     ]
 
 
+def exam(root: Path) -> list[str]:
+    """The words for an evaluation set that has two of the pages."""
+    from reflectvlm.curate.set_words import digit_questions
+
+    rows = []
+    for place, one in enumerate(digit_questions(2, 0)):
+        (root / f"{place}.png").write_bytes(one.images[0])  # type: ignore[arg-type]
+        rows.append({"id": str(place), "question": "?", "answer": "1", "images": [f"{place}.png"]})
+    (root / "exam.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return [f"without={root / 'exam.jsonl'}", "without.distance=0", "without.tint=0"]
+
+
 def main() -> None:
     """`root command stride url`: kills every few places, all of them for stride 1."""
     import httpx  # noqa: F401
@@ -172,7 +184,7 @@ def main() -> None:
     torch.set_num_threads(1)
     root, command, stride, url = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
     root.mkdir()
-    rows = ["source=digits", f"max_rows={8 if url else 12}", "rows_at_once=4"]
+    rows = ["source=digits", f"max_rows={8 if url else 12}", "rows_at_once=4", *([] if url else exam(root))]
     making = Making(root, command, lambda tries: [*rows, *(served(url, tries) if url else RULE[command])])
     making.whole()
     places = set(range(1, len(making.points) + 1, stride))  # and in the middle of every line of a stage

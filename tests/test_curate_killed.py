@@ -45,6 +45,7 @@ def check(told: Any, questions: int, least: int) -> int:
     assert any(name.startswith("images/") for name in names)
     assert len({*rows, *dropped}) == len(rows) + len(dropped) == questions
     assert len(rows) >= least
+    assert ("questions.jsonl" in names) == (questions == 12)  # of which two are in an evaluation set
     return int(places)
 
 

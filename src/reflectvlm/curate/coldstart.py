@@ -1,5 +1,6 @@
 r"""A cold start from a model's own answers: Look-Back and Qwen-LA (arXiv 2507.03019, 2505.23558: stage 1).
 
+    questions.jsonl  which questions are in evaluation sets (`beforehand.py`)
     answers.jsonl   n sampled answers to each question, graded; or the answer that the source brings
     plan.jsonl      which answer becomes which kind of trace, in the wanted shares (`choosing.py`)
     traces.jsonl    the second look put in: written by a teacher, or taken from another answer (`splice.py`)
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from reflectvlm.curate import scarce
+from reflectvlm.curate.beforehand import beforehand
 from reflectvlm.curate.choosing import Candidates, Choosing, Rewrite, Start, assign, check_shares
 from reflectvlm.curate.finishing import Finishing, Made, Nothing
 from reflectvlm.curate.judging import Judges, doubt, spent
@@ -305,6 +307,8 @@ class ColdStart:
         votes = stage(path=out / "votes.jsonl")
         traces = stage(path=out / "traces.jsonl", later=[votes.path])
         answers = stage(path=out / "answers.jsonl", later=[traces.path, votes.path])
+        fit = stage(path=out / "questions.jsonl")
+        asked, (questions, unfit) = len(questions), beforehand(questions, filters, fit)
         todo = answers.todo(questions)
         before("model", [request for question in todo for request in self.answer_requests(question)])
         answers.run(questions, lambda part: self._answer(part, model))
@@ -322,7 +326,7 @@ class ColdStart:
             for question, line in zip(questions, plan, strict=True)
             if "why" in line
         ]
-        left_out += [one for one in made if isinstance(one, Nothing)]
+        left_out = [*unfit, *left_out, *(one for one in made if isinstance(one, Nothing))]
         whole = [one for one in made if isinstance(one, Trace)]
         before("judges", judges.to_ask(whole, votes))
         kept, refused = self.judged(whole, judges, votes)
@@ -334,7 +338,7 @@ class ColdStart:
             "notes": notes,
         }
         finishing = Finishing(filters=filters, shares=shares, usual_shares=self.usual)
-        return finishing(out, kept, [*left_out, *refused], asked=len(questions), about=about)
+        return finishing(out, kept, [*left_out, *refused], asked=asked, about=about)
 
     def judged(
         self, traces: Sequence[Trace], judges: Judges, stage: Stage

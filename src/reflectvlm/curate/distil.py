@@ -1,5 +1,6 @@
 """Distillation as Qwen Look Again makes its Qwen-Zero-40k (arXiv 2505.23558, stage 3).
 
+    questions.jsonl  which questions are in evaluation sets (`beforehand.py`)
     answers.jsonl    the policy answers each question once, in its layout
     votes.jsonl      judges vote on each answer, "correct" or "incorrect"
     rewrites.jsonl   where enough of them say "incorrect" (2 of 4 in the paper) a stronger teacher rewrites it
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reflectvlm.curate.beforehand import beforehand
 from reflectvlm.curate.coldstart import Ask, Before, silent, vars_of
 from reflectvlm.curate.finishing import Finishing, Made, Nothing
 from reflectvlm.curate.judging import Judges, Votes, differ, doubt, spent
@@ -77,6 +79,8 @@ class Distillation:
         rewritten = stage(path=out / "rewrites.jsonl")
         voted = stage(path=out / "votes.jsonl", later=[rewritten.path])
         answers = stage(path=out / "answers.jsonl", later=[voted.path, rewritten.path])
+        fit = stage(path=out / "questions.jsonl")
+        asked, (questions, unfit) = len(questions), beforehand(questions, filters, fit)
         todo = answers.todo(questions)
         before("model", [request for question in todo for request in self.answer_requests(question)])
         answers.run(questions, lambda part: self._answer(part, policy))
@@ -103,8 +107,8 @@ class Distillation:
         return finishing(
             out,
             [one for one in made if isinstance(one, Made)],
-            [*silent, *(one for one in made if isinstance(one, Nothing))],
-            asked=len(questions),
+            [*unfit, *silent, *(one for one in made if isinstance(one, Nothing))],
+            asked=asked,
             about={
                 "method": self.method,
                 "called_incorrect": sum(judges.refused(vote) for vote in votes.values()),

@@ -8,7 +8,7 @@ from typing import ClassVar, get_args
 
 from reflectvlm.curate.contamination import EVIDENCE, EvaluationIndex, Evidence
 from reflectvlm.curate.hashes import row_hashes
-from reflectvlm.curate.types import Trace
+from reflectvlm.curate.types import Question, Trace
 from reflectvlm.data.fetch import BadImage, ImageLimits
 
 
@@ -32,12 +32,22 @@ class NoOverlap:
             raise ValueError(f"NoOverlap.evidence is {self.evidence!r}. It is a list of some of {EVIDENCE}.")
 
     def __call__(self, trace: Trace, /) -> str | None:
-        question = trace.question
         try:
-            images = row_hashes(question.images, question.root, self.limits)
+            return self._found(trace.question, trace.text)
         except BadImage as bad:
             return f"an image cannot be read ({bad.reason})"
-        for hit in self.index.hits(question.question, trace.text, images):
+
+    def of_question(self, question: Question, /) -> str | None:
+        """As of a trace that says nothing. A question whose images cannot be read is left to those that
+        need them."""
+        try:
+            return self._found(question, "")
+        except BadImage:
+            return None
+
+    def _found(self, question: Question, more: str) -> str | None:
+        images = row_hashes(question.images, question.root, self.limits)
+        for hit in self.index.hits(question.question, more, images):
             if hit.evidence in self.evidence:
                 return f"{hit.evidence} of {hit.held.set} {hit.held.id}"
         return None
