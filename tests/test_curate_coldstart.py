@@ -115,7 +115,7 @@ def test_nobody_is_asked_for_a_self_made_look(tmp_path: Path) -> None:
     make(tmp_path, one)
     planned = [line for line in lines(plan) if "look" in line]
     assert planned
-    assert all(one.insert_request(QUESTIONS[0], line) is None for line in planned)
+    assert all(one.second_look.request(QUESTIONS[0], line) is None for line in planned)
 
 
 def test_a_source_brings_its_own_answers(tmp_path: Path) -> None:

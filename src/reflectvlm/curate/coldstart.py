@@ -1,9 +1,9 @@
 r"""A cold start from a model's own answers: Look-Back and Qwen-LA (arXiv 2507.03019, 2505.23558: stage 1).
 
-    questions.jsonl  which questions are in evaluation sets (`beforehand.py`)
+    questions.jsonl which questions are in evaluation sets (`beforehand.py`)
     answers.jsonl   n sampled answers to each question, graded; or the answer that the source brings
     plan.jsonl      which answer becomes which kind of trace, in the wanted shares (`choosing.py`)
-    traces.jsonl    the second look put in: written by a teacher, or taken from another answer (`splice.py`)
+    traces.jsonl    the second look put in (`second_look.py`): a teacher's, or taken from another answer
     votes.jsonl     what judges say of each, if there are judges
     rows.jsonl      what filters let pass, with its images: `dataset()` reads it
 
@@ -25,17 +25,12 @@ import numpy as np
 
 from reflectvlm.curate import scarce
 from reflectvlm.curate.beforehand import beforehand
-from reflectvlm.curate.choosing import Candidates, Choosing, Rewrite, Start, assign, check_shares
+from reflectvlm.curate.choosing import Candidates, Choosing, Rewrite, assign, check_shares
 from reflectvlm.curate.finishing import Finishing, Made, Nothing
 from reflectvlm.curate.judging import Judges, doubt, spent
-from reflectvlm.curate.requests import (
-    answer_request,
-    insert_request,
-    read_insert,
-    read_rewrite,
-    rewrite_request,
-)
-from reflectvlm.curate.splice import METHODS, Method, Spliced, with_look, with_reflection, without_look
+from reflectvlm.curate.requests import answer_request
+from reflectvlm.curate.second_look import SecondLook
+from reflectvlm.curate.splice import METHODS, Method
 from reflectvlm.curate.stages import FAILED, Line, Stage, dumped, failed_of, tokens_of, write_whole
 from reflectvlm.curate.types import Filter, Look, Question, Request, Said, Trace
 from reflectvlm.rewards.accuracy import Accuracy
@@ -53,12 +48,7 @@ SHARES: Mapping[Look, float] = {"corrected": 0.3, "confirmed": 0.5, "unneeded": 
 """Of Look-Back's methods, unless others are given."""
 SHARES_QWEN_LA: Mapping[Look, float] = {"corrected": 0.3, "confirmed": 0.7}
 _NOBODY = Judges()
-OPENING = {
-    "semantic_back": "Looking again: {look}",
-    "solution_back": "Checking {answer} on the image: {look}",
-    "qwen_la": "Looking again: {look}",
-}
-"""How a self-made look begins."""
+_DERIVED = ("choosing", "second_look", "usual")
 
 
 def silent(who: str, requests: Sequence[Request]) -> None:
@@ -100,6 +90,7 @@ class ColdStart:
     choosing: Choosing = field(init=False, repr=False)
     usual: bool = field(init=False, repr=False)
     """Whether nobody chose the shares."""
+    second_look: SecondLook = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -125,6 +116,8 @@ class ColdStart:
             method=self.method, self_made=self.self_made, pass_rate=self.pass_rate, agree=agree, at=self.at
         )
         object.__setattr__(self, "choosing", choosing)
+        look = SecondLook(choosing=choosing, rewrite=self.rewrite, max_tokens=self.max_tokens)
+        object.__setattr__(self, "second_look", look)
 
     @property
     def accuracy(self) -> Accuracy:
@@ -133,7 +126,7 @@ class ColdStart:
     def card(self) -> dict[str, Any]:
         """All settings, as they stand in the folder's card. The same shares behave otherwise where they were
         chosen."""
-        own = {name: value for name, value in vars_of(self).items() if name not in ("choosing", "usual")}
+        own = {name: value for name, value in vars_of(self).items() if name not in _DERIVED}
         return {**own, "usual_shares": self.usual}
 
     # -- answers ----------------------------------------------------------------------------------
@@ -223,66 +216,6 @@ class ColdStart:
             line |= {"second": one.second._asdict(), "agree": one.agree}
         return line
 
-    # -- traces -----------------------------------------------------------------------------------
-
-    def insert_request(self, question: Question, plan: Line) -> Request | None:
-        """What the teacher is asked for this row; None where nothing is to be asked."""
-        start, look = Start(**plan["first"]), plan["look"]
-        if self.self_made or look == "unneeded":
-            return None
-        if self.rewrite == "rewrite":
-            return rewrite_request(question, self.method, start.text, self.max_tokens)
-        return insert_request(question, self.method, look, start.kept, self.block_only(plan), self.max_tokens)
-
-    def block_only(self, plan: Line) -> bool:
-        """A right answer that goes on after the cut needs the block alone: its own end is kept as well."""
-        return plan["look"] == "confirmed" and self.method != "qwen_la" and bool(plan["first"]["rest"])
-
-    def trace(self, plan: Line, said: Said | None, teacher: str = "") -> Line:
-        """The trace's text, or why there is none."""
-        start, look = Start(**plan["first"]), plan["look"]
-        if look == "unneeded":
-            reasoning = f"{start.kept} {start.rest}".strip()
-            found: Spliced | str = self._whole(start) or without_look(reasoning, start.answer)
-            return _as_line(found, "itself")
-        if self.self_made:
-            return _as_line(self._own(start, Start(**plan["second"])), "itself")
-        assert said is not None
-        if said.text is None:
-            return {"why": f"no reply ({said.why.partition(':')[0]})", "said": said.why, **spent([said])}
-        found = self._taught(plan, start, said.text)
-        shown = {"said": said.text} if isinstance(found, str) else {}
-        return _as_line(found, teacher) | shown | spent([said])
-
-    def _whole(self, start: Start) -> Spliced | None:
-        """The reasoning as it stands in the answer, white space at the cut and all."""
-        if not start.rest:
-            return None
-        first = start.text.index(start.kept)
-        end = start.text.index(start.rest, first + len(start.kept)) + len(start.rest)
-        return without_look(start.text[first:end], start.answer)
-
-    def _own(self, start: Start, second: Start) -> Spliced | str:
-        seen = self.choosing.own_look(second)
-        assert seen is not None, "the plan takes no second answer without a look"
-        look = OPENING[self.method].format(look=seen[0], answer=start.answer)
-        if self.method == "qwen_la":
-            return with_reflection(start.kept, look, second.answer)
-        return with_look(start.kept, look, seen[1], second.answer)
-
-    def _taught(self, plan: Line, start: Start, text: str) -> Spliced | str:
-        if self.rewrite == "rewrite":
-            problem = read_rewrite(self.method, text)
-            return f"reply out of layout: {problem}" if problem else Spliced(text=text.strip(), kept="")
-        block_only = self.block_only(plan)
-        reply = read_insert(self.method, block_only, text)
-        if isinstance(reply, str):
-            return f"reply out of layout: {reply}"
-        if self.method == "qwen_la":
-            return with_reflection(start.kept, reply.look, reply.answer)
-        rest, answer = (start.rest, start.answer) if block_only else (reply.rest, reply.answer)
-        return with_look(start.kept, reply.look, rest, answer)
-
     # -- all of it --------------------------------------------------------------------------------
 
     def run(
@@ -317,7 +250,7 @@ class ColdStart:
             log.warning("%s", note)
         write_whole(out / "plan.jsonl", "".join(f"{dumped(line)}\n" for line in plan))
         planned = [Planned(q, line) for q, line in zip(questions, plan, strict=True) if "look" in line]
-        wanted = (self.insert_request(row.question, row.plan) for row in traces.todo(planned))
+        wanted = (self.second_look.request(row.question, row.plan) for row in traces.todo(planned))
         before("teacher", [request for request in wanted if request is not None])
         traces.run(planned, lambda part: self._insert(part, teacher, teacher_name))
         made = [self.made(row, line) for row, line in zip(planned, traces.lines(), strict=True)]
@@ -378,11 +311,11 @@ class ColdStart:
         ]
 
     def _insert(self, rows: Sequence[Planned], teacher: Ask | None, name: str) -> list[Line]:
-        asked = [self.insert_request(row.question, row.plan) for row in rows]
+        asked = [self.second_look.request(row.question, row.plan) for row in rows]
         requests = [one for one in asked if one is not None]
         said = iter(teacher(requests) if teacher is not None and requests else ())
         return [
-            self.trace(row.plan, None if one is None else next(said), name)
+            self.second_look.trace(row.plan, None if one is None else next(said), name)
             for row, one in zip(rows, asked, strict=True)
         ]
 
@@ -410,9 +343,3 @@ class Plan(NamedTuple):
 def vars_of(settings: Any) -> dict[str, Any]:
     """The fields of a frozen dataclass by name."""
     return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
-
-
-def _as_line(found: Spliced | str, by: str) -> Line:
-    if isinstance(found, str):
-        return {"why": found, "made_by": by}
-    return {"text": found.text, "kept": found.kept, "made_by": by}

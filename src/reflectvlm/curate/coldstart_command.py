@@ -47,7 +47,8 @@ reflectvlm data coldstart: make the cold start that the papers did not release
   judges= votes=2       who votes on each trace; give judges= several times. So many "incorrect" (of one judge
                         1) leave it out
   without=              evaluation sets whose rows must not be in it, nor be asked about: benchmarks' names
-                        below data_dir=data, files; without.question=… and the words of data overlap, as without.distance=null
+                        below data_dir=data, files; without.question=… and the words of data overlap, as
+                        without.distance=null
   limit=                most rows of the set. Every question is answered for it all the same: max_rows=
   out=                  the folder. The same words again go on after a kill, and ask again what a server
                         did not answer. Exit code 1: the set has no row
