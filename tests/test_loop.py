@@ -1,4 +1,4 @@
-"""The loop around the steps: what it says, keeps and survives. Resuming is in test_resume.py."""
+"""The loop around the steps: what it says, keeps and survives. test_reliability_b_resume.py: resuming."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 from reflectvlm.data.filtered import Report, Skipped
 from reflectvlm.train import loop
+from reflectvlm.train.keeper import Keeper
 from reflectvlm.train.run import Output
 from reflectvlm.train.update import NonFinite
 from training import logged, small_rl, small_sft
@@ -93,7 +94,7 @@ def test_a_signal_after_a_save_saves_no_second_time(tmp_path, monkeypatch):
     """Bug: a preempted job writes its checkpoint twice, and is killed in the second. The step in which the
     signal comes is given up, and the one before it is saved already."""
     trainer = small_sft(tmp_path, output={"save_every": 1}, **QUIET)
-    take, save, saves = trainer.step, loop._Loop._save, []
+    take, save, saves = trainer.step, Keeper.save, []
 
     def step(number):
         if number == 1:
@@ -101,11 +102,11 @@ def test_a_signal_after_a_save_saves_no_second_time(tmp_path, monkeypatch):
         return take(number)
 
     def counted(self):
-        saves.append(self.done)
+        saves.append(self.progress.done)
         save(self)
 
     monkeypatch.setattr(trainer, "step", step)
-    monkeypatch.setattr(loop._Loop, "_save", counted)
+    monkeypatch.setattr(Keeper, "save", counted)
     assert not trainer.run().finished
     assert saves == [1]
 

@@ -19,8 +19,8 @@ from reflectvlm import pulse, stages
 from reflectvlm.train import keeping
 from reflectvlm.train.compute import Compute
 from reflectvlm.train.group import Group, _free_port, _Rank
+from reflectvlm.train.keeper import seconds_to_save
 from reflectvlm.train.launch import Launch
-from reflectvlm.train.loop import _seconds_to_save
 from reflectvlm.train.ranks import LostRank, Ranks
 from reflectvlm.train.signals import StopRequest, agreed
 from reflectvlm.train.update import Updater
@@ -122,7 +122,7 @@ def test_a_shared_weight_counts_whole() -> None:
     """Bug: under zero3 a save that is thought to take one second, so that max_minutes ends in its middle."""
     layer = torch.nn.Linear(1, 1, bias=False)
     vars(layer.weight)["ds_numel"] = 10**9
-    assert _seconds_to_save(layer) == pytest.approx(1 + 3 * 4e9 / 5e8)
+    assert seconds_to_save(layer) == pytest.approx(1 + 3 * 4e9 / 5e8)
 
 
 def test_a_folder_is_tried_under_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

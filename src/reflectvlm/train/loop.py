@@ -14,30 +14,24 @@ import logging
 import os
 import shutil
 import sys
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from reflectvlm import stages
 from reflectvlm.interrupt import Abandoned, abandonable
 from reflectvlm.protocols import Tracker
 from reflectvlm.pulse import phase
-from reflectvlm.train import keeping
 from reflectvlm.train.changes import of_a_trainer, settings
 from reflectvlm.train.changes import table as table_of_changes
-from reflectvlm.train.checkpoint import CheckpointStore
 from reflectvlm.train.checks import check_start
 from reflectvlm.train.checks_signal import NoSignal
 from reflectvlm.train.console import Console, results
 from reflectvlm.train.dump import dump_batch
+from reflectvlm.train.keeper import Keeper, Progress
 from reflectvlm.train.packing import rng_state, set_rng_state
 from reflectvlm.train.plots import curves
 from reflectvlm.train.run import Metrics, RunResult, StepResult, Trainable
 from reflectvlm.train.run_folder import RunFolder
-from reflectvlm.train.saver import Saver
 from reflectvlm.train.signals import StopRequest, agreed
 from reflectvlm.train.trackers import JsonLines, TensorBoard, Trackers
 from reflectvlm.train.update import NonFinite
@@ -67,8 +61,7 @@ class _Loop:
     def __init__(self, trainer: Trainable, folder: RunFolder, stop: StopRequest, name: str) -> None:
         self.trainer, self.folder, self.stop, self.output = trainer, folder, stop, trainer.output
         self.ranks = trainer.ranks
-        self.store = CheckpointStore(folder.checkpoints, keep=self.output.keep)
-        self.saver = Saver(self.store)
+        self.now = Progress()
         side = self.output.sample_images
         self.jsonl = JsonLines(
             folder.path,
@@ -88,30 +81,16 @@ class _Loop:
             self.console, self.jsonl, self.tensorboard, *self.output.trackers,
         )  # fmt: skip
         self.trackers = Trackers(listeners if self.ranks.first else ())
-        self.about: dict[str, Any] = {}
-        self.done = 0
-        self.kept: tuple[Any, ...] | None = None
-        """What the newest checkpoint, written or being written, says of the loop."""
-        self.before: Metrics = {}
-        self.begun = False
-        """What is measured before the first step has been."""
-        self.owes_evaluation = False
-        """The evaluation that step `done` calls for was given up."""
         self.no_signal: NoSignal | None = NoSignal()
         self.update_seconds = 0.0
         """Longest that the updates of a step have taken."""
-        self.gather_seconds = 0.0
-        """Longest that putting a checkpoint together has taken, before any of it is written."""
-        self.left_out = 0
-        """Batches without a finite loss so far."""
 
     def run(self) -> RunResult:
         trainer = self.trainer
         trainer.prepare()
         if finished := self._finished():
             return finished
-        with trainer.updater.weights.whole():
-            self.about = keeping.about(trainer)
+        self.keeper = Keeper(trainer, self.folder, self.now, self.jsonl.sizes)
         self._reserve(0.0)
         self._restore()
         self.trackers.start(
@@ -129,16 +108,16 @@ class _Loop:
             self.trackers.close()
             # A second signal means at once: a checkpoint that is half written is none.
             if not isinstance(sys.exception(), SystemExit | KeyboardInterrupt):
-                self._leave_no_save()
+                self.keeper.leave_none_half_written()
 
     def _all_steps(self) -> bool:
         """Whether the last step was reached."""
-        if not self.begun:
+        if not self.now.begun:
             with self._given_up_if_asked():
                 self._begin()
-        if self.owes_evaluation:
+        if self.now.owes_evaluation:
             self._validate()
-        while self.done < self.trainer.steps:
+        while self.now.done < self.trainer.steps:
             if self._stop_asked():
                 return False
             self._step()
@@ -171,25 +150,25 @@ class _Loop:
         if self.trainer.test is not None:
             before, groups = self.trainer.evaluate(self.trainer.test)
             self.trackers.rollouts(0, groups)
-            self.before = before
-        self.begun = True
+            self.now.before = before
+        self.now.begun = True
         self._validate()
 
     def _step(self) -> None:
         try:
             with self._given_up_if_asked():
-                result = self.trainer.step(self.done)
+                result = self.trainer.step(self.now.done)
         except NonFinite as error:
-            where = self._dump(error, self.done + 1)
-            raise NonFinite(f"Step {self.done + 1}, {where}: {error.what}", error.batch) from error
-        self.done += 1
+            where = self._dump(error, self.now.done + 1)
+            raise NonFinite(f"Step {self.now.done + 1}, {where}: {error.what}", error.batch) from error
+        self.now.done += 1
         self._count_left_out()
         self._report(result)
-        last = self.done == self.trainer.steps
-        if last or _due(self.done, self.output.eval_every):
+        last = self.now.done == self.trainer.steps
+        if last or _due(self.now.done, self.output.eval_every):
             self._validate()
-        if last or _due(self.done, self.output.save_every):
-            self._save()
+        if last or _due(self.now.done, self.output.save_every):
+            self.keeper.save()
 
     @contextlib.contextmanager
     def _given_up_if_asked(self) -> Iterator[None]:
@@ -206,28 +185,38 @@ class _Loop:
     def _reserve(self, update: float) -> None:
         """What a stop must leave time for: the updates of a step, finished once begun, and a save."""
         self.update_seconds = max(self.update_seconds, update)
-        save = (
-            2 * self.saver.seconds + 1 if self.saver.seconds else _seconds_to_save(self.trainer.policy.module)
-        )
-        self.stop.reserve = self.update_seconds + save + self.gather_seconds
+        self.stop.reserve = self.update_seconds + self.keeper.seconds
 
     def _report(self, result: StepResult) -> None:
-        self.trackers.metrics(self.done, result.metrics)
+        self.trackers.metrics(self.now.done, result.metrics)
         share = result.metrics.get("useful_groups")
-        if share is not None and self.no_signal and (told := self.no_signal.after(self.done, share)):
+        if share is not None and self.no_signal and (told := self.no_signal.after(self.now.done, share)):
             self.console.say(told)
         self._reserve(result.metrics.get("time/update", 0.0))
         every = self.output.samples_every
-        if result.groups and (_due(self.done, every) or (every and self.done == 1)):
-            self.trackers.rollouts(self.done, result.groups)
+        if result.groups and (_due(self.now.done, every) or (every and self.now.done == 1)):
+            self.trackers.rollouts(self.now.done, result.groups)
 
     def _validate(self) -> None:
         if self.output.eval_every and self.trainer.evaluation is not None:
-            self.owes_evaluation = True
+            self.now.owes_evaluation = True
             with self._given_up_if_asked():
                 values, _ = self.trainer.evaluate(self.trainer.evaluation)
-            self.trackers.metrics(self.done, {f"eval/{name}": value for name, value in values.items()})
-            self.owes_evaluation = False
+            self.trackers.metrics(self.now.done, {f"eval/{name}": value for name, value in values.items()})
+            self.now.owes_evaluation = False
+
+    def _restore(self) -> None:
+        """The run as its newest checkpoint has it, its logs as long as they were then."""
+        logged = self.keeper.restore()
+        if logged is None:
+            # A run cut off before its first checkpoint starts anew, and so does its log.
+            self.trackers.truncate_after(-1)
+            return
+        self.no_signal = None  # it speaks of a run from its beginning on
+        self.trackers.truncate_after(self.now.done)
+        if self.ranks.first:
+            self.jsonl.truncate_to(logged)
+            log.info("resumed %s at step %d of %d", self.folder.path, self.now.done, self.trainer.steps)
 
     # -- batches that are no numbers --------------------------------------------------------------
 
@@ -236,15 +225,17 @@ class _Loop:
         skipped = self.trainer.updater.skipped
         while skipped:
             error = skipped.pop(0)
-            self.left_out += 1
-            where = self._dump(error, self.done) if self.left_out <= _MOST_DUMPS else "not saved again"
+            self.now.left_out += 1
+            where = (
+                self._dump(error, self.now.done) if self.now.left_out <= _MOST_DUMPS else "not saved again"
+            )
             log.warning(
                 "step %d: %s is not finite; the batch is left out (number %d, max_nonfinite=%d; %s)",
-                self.done, error.what, self.left_out, self.trainer.max_nonfinite, where,
+                self.now.done, error.what, self.now.left_out, self.trainer.max_nonfinite, where,
             )  # fmt: skip
-            if self.left_out > self.trainer.max_nonfinite:
+            if self.now.left_out > self.trainer.max_nonfinite:
                 raise NonFinite(
-                    f"Step {self.done}: {self.left_out} batches are left out, and max_nonfinite is "
+                    f"Step {self.now.done}: {self.now.left_out} batches are left out, and max_nonfinite is "
                     f"{self.trainer.max_nonfinite}. The last: {error.what}",
                     error.batch,
                 )
@@ -269,140 +260,48 @@ class _Loop:
             return f"the batch could not be saved: {problem}"
         return f"batch saved in {folder}"
 
-    # -- checkpoints ----------------------------------------------------------------------------
-
-    def _save(self) -> None:
-        with phase("save"):
-            self._save_now()
-
-    def _save_now(self) -> None:
-        loop = {
-            "before": self.before,
-            "begun": self.begun,
-            "owes_evaluation": self.owes_evaluation,
-            "left_out": self.left_out,
-            "logged": self.jsonl.sizes(),
-        }
-        started = time.monotonic()
-        tensors, state = keeping.snapshot(self.trainer, self.about, loop)
-        self.gather_seconds = max(self.gather_seconds, time.monotonic() - started)
-        if not self.ranks.first:
-            self.kept = self._place()
-            return
-        with self._told_if_not_saved():
-            self.saver.wait()  # an older one that failed must not keep this one from being tried
-        with self._told_if_not_saved():
-            made = ("model", "optimizer") if self.trainer.updater.weights.gathers else ()
-            self.saver.save(self.done, tensors=tensors, state=state, ready=made)
-            self.kept = self._place()
-
-    @contextlib.contextmanager
-    def _told_if_not_saved(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if self.output.on_save_error == "stop":
-                raise
-            log.warning("%s Training goes on without it (on_save_error=continue).", error)
-
-    def _save_surely(self) -> None:
-        """The state as it is now is on the disk when this returns."""
-        with phase("save"), self._told_if_not_saved():
-            self.saver.wait()
-        missing = self.saver.saved != self.done or self.kept != self._place()
-        if self.ranks.agree(self.ranks.first and missing):
-            self._save()
-            with phase("save"):
-                self.saver.wait()
-                self.ranks.barrier()
-
-    def _place(self) -> tuple[Any, ...]:
-        """Where the loop stands."""
-        return (self.done, self.begun, self.owes_evaluation, self.left_out)
-
-    def _leave_no_save(self) -> None:
-        """A run that ends with an error still lets the save that is being written come to its end."""
-        with contextlib.suppress(Exception):  # the run's own error is the one to tell
-            self.saver.wait()
-
-    def _restore(self) -> None:
-        path = self.folder.checkpoint or self.ranks.from_first(self._newest)
-        if path is None:
-            # A run cut off before its first checkpoint starts anew, and so does its log.
-            self.trackers.truncate_after(-1)
-            return
-        # `latest` has just compared every byte
-        verify = self.folder.checkpoint is not None and self.ranks.first
-        checkpoint = self.store.load(path, verify=verify)
-        loop = keeping.put_back(self.trainer, checkpoint, self.about)
-        if self.folder.checkpoint is not None and self.ranks.first:
-            self.store.supersede_after(checkpoint.step)
-        self.before, self.begun = dict(loop["before"]), loop["begun"]
-        self.owes_evaluation, self.left_out = loop["owes_evaluation"], loop["left_out"]
-        self.done = self.saver.saved = checkpoint.step
-        self.kept = self._place()
-        self.no_signal = None  # it speaks of a run from its beginning on
-        self.trackers.truncate_after(self.done)
-        if not self.ranks.first:
-            return
-        self.jsonl.truncate_to(loop["logged"])
-        log.info("resumed %s at step %d of %d", self.folder.path, self.done, self.trainer.steps)
-
-    def _newest(self) -> Path | None:
-        """The newest valid checkpoint; None for a run that has none yet."""
-        path = self.store.tidy()
-        if path is None:
-            self._check_none_lost()
-        return path
-
-    def _check_none_lost(self) -> None:
-        """Damaged checkpoints must not let a run of days begin again in its own folder."""
-        if found := sorted(one.name for one in self.folder.checkpoints.glob("step-*")):
-            raise RuntimeError(
-                f"None of the checkpoints in {self.folder.checkpoints} is valid ({', '.join(found)}; the "
-                "warnings above say why). Put one back, or start anew with resume=never; nothing was changed."
-            )
-
     # -- ends -----------------------------------------------------------------------------------
 
     def _stopped(self) -> RunResult:
         self._stop_asked()
-        self._save_surely()  # also after step 0: what was measured before it is kept
+        self.keeper.save_surely()  # also after step 0: what was measured before it is kept
         self.console.say(
-            f"stopped by {self.stop.reason} after step {self.done} of {self.trainer.steps}; "
+            f"stopped by {self.stop.reason} after step {self.now.done} of {self.trainer.steps}; "
             f"saved in {self.folder.path}. Go on with resume=auto."
         )
         return RunResult(
             folder=self.folder.path,
-            before=self.before,
+            before=self.now.before,
             after={},
             finished=False,
             exit_code=self.stop.exit_code,
         )
 
     def _end(self) -> RunResult:
-        self._save_surely()
+        self.keeper.save_surely()
         after: Metrics = {}
         if self.trainer.test is not None:
             with self._given_up_if_asked():
                 after, groups = self.trainer.evaluate(self.trainer.test)
-            self.trackers.rollouts(self.done, groups)
+            self.trackers.rollouts(self.now.done, groups)
         with phase("save"), self.trainer.updater.weights.whole():
             if self.ranks.first:
                 self._write_model()
         self.trackers.close()
         title = f"{stages.without_digest(self.folder.path.name)}: held-out rows, greedy"
-        shown = results(self.before, after), results(after, self.before)
+        shown = results(self.now.before, after), results(after, self.now.before)
         markdown = self.console.table(title, *shown).markdown if after else title
         for line in self.trainer.test.notes(after) if self.trainer.test is not None else ():
             self.console.say(line)
             markdown += f"\n- {line}\n"
         if self.ranks.first:
             self._draw()  # before the summary, which says that the run is finished
-            self.folder.write_summary({"before": self.before, "after": after, "steps": self.done}, markdown)
+            self.folder.write_summary(
+                {"before": self.now.before, "after": after, "steps": self.now.done}, markdown
+            )
         self.ranks.barrier()
         self.console.say(f"model, curves, samples and metrics are in {self.folder.path}")
-        return RunResult(folder=self.folder.path, before=self.before, after=after, finished=True)
+        return RunResult(folder=self.folder.path, before=self.now.before, after=after, finished=True)
 
     def _write_model(self) -> None:
         """Aside first: half a model never stands where a whole one is looked for."""
@@ -437,12 +336,6 @@ class _Loop:
             return None
         summary: dict[str, Any] = json.loads(self.folder.summary.read_text(encoding="utf-8"))
         return summary
-
-
-def _seconds_to_save(module: nn.Module) -> float:
-    """A guess for the first save: weights and two moments, half a gigabyte a second."""
-    sizes = (getattr(one, "ds_numel", one.numel()) * one.element_size() for one in module.parameters())
-    return 1 + 3 * sum(sizes) / 5e8
 
 
 def _due(step: int, every: int) -> bool:
