@@ -1,5 +1,5 @@
-"""Millions of hostile texts and rows: no exception but the documented one, no more than linear time, and what
-is found is really there.
+"""Millions of hostile texts and rows: no exception but the documented one, no long time, and what is found
+is really there.
 
 Every example is a few bytes of hypothesis, read as a program that puts tokens together: tags, braces, digits,
 halves of surrogates. A few hundred run in the normal suite; `make torture` runs REFLECTVLM_FUZZ_EXAMPLES of
@@ -10,26 +10,22 @@ mathematics, which runs in a process that can be killed.
 from __future__ import annotations
 
 import base64
-import gc
 import io
 import json
 import os
 import pickle
 import string
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
 from PIL import Image
 
+from fuzzing import LAYOUTS, Count, Dice, Target, fuzz
 from reflectvlm.data.images import ImageLimits
-from reflectvlm.data.records import open_csv, parse_csv, parse_json
+from reflectvlm.data.records import open_csv, parse_json
 from reflectvlm.data.rows import BadRow, Columns, read_row
 from reflectvlm.rewards.answers import (
     extract_boxed,
@@ -43,53 +39,17 @@ from reflectvlm.rewards.answers import (
     normalise,
 )
 from reflectvlm.rewards.reflection import closed_blocks
-from reflectvlm.tags import Block, Layout, find_boxes, grpo, layout_tags, look_back, parse, qwen_la, tag_names
+from reflectvlm.tags import find_boxes, layout_tags, parse, tag_names
 from reflectvlm.types import Sample
 
 SEED = 20261122
 EXAMPLES = int(os.environ.get("REFLECTVLM_FUZZ_EXAMPLES", "1000000"))
 BATCH = 5000
 SHARDS = 2
-SECONDS = 0.5
-"""Most processor time of one example; they have at most a few thousand characters."""
-
-PROGRAMS = st.one_of(st.binary(max_size=12), st.binary(min_size=12, max_size=120))
-
-
-@dataclass
-class Dice:
-    """Decisions read from bytes; 0 after their end, so that every program ends."""
-
-    data: bytes
-    place: int = 0
-
-    def below(self, limit: int) -> int:
-        self.place += 1
-        return self.data[self.place - 1] % limit if self.place <= len(self.data) else 0
-
-    def one(self, of: Any) -> Any:
-        return of[self.below(len(of))]
-
-    def text(self, tokens: tuple[Any, ...], most: int = 200) -> Any:
-        """The rest of the program, or as much of it as `most`, one token a byte."""
-        rest = self.data[self.place : self.place + most]
-        self.place += len(rest)
-        return tokens[0][:0].join(tokens[byte % len(tokens)] for byte in rest)
 
 
 # -- tags -------------------------------------------------------------------------------------------
 
-LAYOUTS = (
-    look_back(),
-    grpo(),
-    qwen_la(),
-    Layout(name="free", blocks=(Block("think"),), boxed=True, free_text=True),
-    Layout(
-        name="many",
-        blocks=(Block("a", min=0, max=None), Block("b", min=1, max=2, allow_empty=True), Block("a", min=0)),
-        floating=(Block("c", min=0, max=3),),
-    ),
-)
 SPICE = (
     "\\boxed{",
     "}",
@@ -401,51 +361,14 @@ def _read_csv(dice: Dice, root: Path) -> None:
             _read(row, columns, root)
 
 
-# -- how many, and how fast -------------------------------------------------------------------------
+# -- how many ---------------------------------------------------------------------------------------
 
-Target = Callable[[bytes, Path], None]
 TARGETS: dict[str, Target] = {
     "tags": lambda program, _: try_tags(program),
     "answers": lambda program, _: try_answers(program),
     "rows": try_rows,
     "records": try_records,
 }
-
-
-@dataclass
-class Count:
-    examples: int = 0
-    slowest: float = 0.0
-
-
-def fuzz(target: Target, root: Path, batch: int, examples: int, count: Count) -> None:
-    """One batch with its own seed; a failing example is made small and printed with that seed."""
-
-    @seed(batch)
-    @settings(
-        max_examples=examples,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
-        report_multiple_bugs=False,
-    )
-    @given(PROGRAMS)
-    def one(program: bytes) -> None:
-        took = _timed(target, program, root)
-        if took >= SECONDS:  # once more: the collector of garbage may have come by
-            took = _timed(target, program, root)
-        assert took < SECONDS, f"{took:.2f} s for {program!r}"
-        count.examples += 1
-        count.slowest = max(count.slowest, took)
-
-    one()
-
-
-def _timed(target: Target, program: bytes, root: Path) -> float:
-    started = time.thread_time()
-    target(program, root)
-    return time.thread_time() - started
 
 
 @pytest.fixture
@@ -482,160 +405,3 @@ def test_a_million_examples(
     record_property("seed", f"{first} to {batch - 1}")
     record_property("slowest example, ms", round(1000 * count.slowest, 1))
     assert count.examples >= wanted
-
-
-UNITS = (
-    *("<think>", "</think>", "<think></think>", "<back><think>", "<", "</", "<REFLECTION></REFLECTION>"),
-    *(
-        "\\boxed{",
-        "}",
-        "{",
-        "{}",
-        "\\",
-        "\\boxed{}",
-        "\\text{",
-        "\\text {",
-        "\\text{a}",
-        "$",
-        "\\(",
-        "(a)",
-        "A or ",
-    ),
-    *(
-        "1",
-        "1,000,",
-        ".",
-        "1e9",
-        "\\frac{1}{2}",
-        " ",
-        "\n",
-        "a ",
-        "*",
-        "\u0315\u0300",
-        "e\u0301",
-        "ſ",
-        "İ",
-        ".!",
-    ),
-    *(
-        "<answer>",
-        "</answer>",
-        "<answer></answer>",
-        "[",
-        '["',
-        '"',
-        ",",
-        '{"a":',
-        "\\u00e9",
-        "data:",
-        "<image>",
-    ),
-)
-TIMED: dict[str, Callable[[str], Any]] = {
-    **{f"parse {one.name}": lambda text, one=one: parse(one, text) for one in LAYOUTS},  # type: ignore[misc]
-    "find_boxes": find_boxes,
-    "closed_blocks": lambda text: closed_blocks(text, "think"),
-    "extract_boxed": extract_boxed,
-    "extract_tag": lambda text: extract_tag(text, "answer"),
-    "extract_letter": extract_letter,
-    "extract_number": extract_number,
-    "normalise": normalise,
-    "grade_text": lambda text: grade_text(text, text + "x"),
-    "kind_of": getattr(kind_of, "__wrapped__", kind_of),
-}
-
-
-def _json_row(text: str) -> Any:
-    return _or_bad(lambda: parse_json(text.encode(), "rows.jsonl:3"))
-
-
-def _csv_row(text: str) -> Any:
-    text = text.replace("\n", " ")  # one record
-    return _or_bad(lambda: parse_csv(text.encode(), "rows.jsonl:3", ("question", "answer"), ","))
-
-
-def _row(text: str) -> Any:
-    row = {"question": text, "answer": text, "id": text, "images": text}
-    return _or_bad(lambda: read_row(row, "rows.jsonl:3", Columns(), ImageLimits(urls=False), Path("/")))
-
-
-def _or_bad(read: Callable[[], Any]) -> Any:
-    try:
-        return read()
-    except BadRow as bad:
-        return str(bad)
-
-
-TIMED |= {
-    "parse_json": _json_row,
-    "parse_csv": _csv_row,
-    "read_row": _row,
-    # The second unit of each pair is what hides the trouble behind the first.
-    "parse_json, many keys": lambda text: _json_row(
-        "{" + ",".join(f'"{i}":1' for i in range(len(text))) + ',"0":1}'
-    ),
-    "parse_json, same last": lambda text: _json_row(
-        "{" + ",".join(f'"{i}":1' for i in range(len(text))) + f',"{len(text) - 1}":1}}'
-    ),
-}
-
-
-def _seconds(call: Callable[[str], Any], texts: tuple[str, ...], times: int = 1) -> list[float]:
-    """The least time of each text. They take turns, so what else slows the machine slows them alike. The
-    garbage collector waits, because it walks the whole process."""
-    best = [9e9] * len(texts)
-    gc.disable()
-    try:
-        for _ in range(times):
-            for place, text in enumerate(texts):
-                started = time.thread_time()
-                call(text)
-                best[place] = min(best[place], time.thread_time() - started)
-    finally:
-        gc.enable()
-    return best
-
-
-def _not_linear(call: Callable[[str], Any], unit: str, before: str, after: str) -> str | None:
-    """What 128 kB took in units of what 32 kB took, if that is not linear. Four times as much text takes 4
-    times as long if time is linear and 16 times if it is quadratic; below 20 ms nobody minds. Both sizes are
-    beyond a core's own cache: from one within it to one that is not, linear work looks worse than it is."""
-    small, large = (before + unit * (size // len(unit)) + after for size in (32_000, 128_000))
-    if _seconds(call, (small,))[0] < 0.02:
-        return None
-    for times in (3, 6):  # a second, longer look before anyone is accused
-        took, more = _seconds(call, (small, large), times)
-        if more < 8 * took:
-            return None
-    return f"{more / took:.1f} times for {unit!r} behind {before!r}"
-
-
-@pytest.mark.parametrize("name", TIMED)
-def test_time_is_linear(name: str) -> None:
-    """Bug: an answer of 100 kB that takes minutes, and with it the whole step."""
-    call = TIMED[name]
-    units = ("x",) if "keys" in name or "same" in name else UNITS
-    for unit in units:
-        for before, after in (
-            ("", ""),
-            ("<think>", "</think>"),
-            ("\\boxed{", "}"),
-            ("<answer>", "</answer>x"),
-        ):
-            assert _not_linear(call, unit, before, after) is None
-
-
-def test_the_clock_tells_quadratic_from_linear() -> None:
-    """Bug: a bound so wide, or a clock so coarse, that a quadratic reader passes."""
-
-    def linear(text: str) -> int:
-        return sum(len(text[:2_000].split("x")) for _ in range(0, len(text), 10))
-
-    def quadratic(text: str) -> int:
-        return sum(len(text.split("x")) for _ in range(0, len(text), 500))
-
-    assert _seconds(linear, ("x" * 32_000,))[0] > 0.02
-    assert _not_linear(linear, "x", "", "") is None
-    told = _not_linear(quadratic, "x", "", "")
-    assert told is not None
-    assert told.endswith(" times for 'x' behind ''")
