@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from judge_server import KEY, Server, cut, drips, echoes_the_key, reply, says, serve, sleeps
 from reflectvlm.eval.asking import FirstOf, HttpAsk, RecordedAsk, prompt_hash
-from test_judges import KEY, Server, cut, drips, echoes_the_key, reply, says, serve, sleeps
 
 __all__ = ["serve"]  # the fixture
 

@@ -20,6 +20,16 @@ import torch
 from torch import Tensor
 
 from fixtures import favour, make_policy, make_prompt, make_sample, score_batch, uneven
+from reattending import (
+    SPECIAL,
+    Looking,
+    difference,
+    eager_attention,
+    generate,
+    prompts,
+    ratio_gap,
+    stock_logits,
+)
 from reflectvlm.batch import Batch
 from reflectvlm.models import decoder, qwen_vl, tree_attention
 from reflectvlm.models.families import FAMILIES, Embedded, family_of, with_features
@@ -35,16 +45,6 @@ from reflectvlm.reattention import Implicit, VisualCopy, VisualRoute
 from reflectvlm.rollout.engine import InProcessEngine
 from reflectvlm.rollout.placing import place_insertions
 from reflectvlm.types import AttentionProbe, Instruction, Prompt, Rollout, SamplingParams, Spans, Text, Visual
-from test_copy_route import (
-    SPECIAL,
-    Looking,
-    difference,
-    eager_attention,
-    generate,
-    prompts,
-    ratio_gap,
-    stock_logits,
-)
 from test_decoder import _graphs, decoded
 from test_decoder import difference as decoded_difference
 from test_policy import cases, largest, stock_logprobs, words

@@ -1,5 +1,5 @@
 """COPY and ROUTE as objects: what they decide, given what they may look at. What the engine makes of it
-is in test_copy_route.py."""
+is in test_copy_route.py and test_insertions.py."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from training import rubric
 RL = ("prompts_per_step=4", "group_size=2", "sampling.max_tokens=4", "data.size=8")
 SFT = ("data.data.size=8", "rows_per_step=2")
 ALONE = ("start_from=null", "data_from=null")
-"""Without the stages that a recipe is made from: those are tested in test_config.py."""
+"""Without the stages that a recipe is made from: those are tested in test_stages.py."""
 SMALL: dict[str, tuple[str, ...]] = {
     "grpo": ("policy=tiny", "data=digits", *RL),
     "lookback_rl": ("policy=tiny", "data=digits", "start_from=null", *RL),

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from judge_server import KEY, Server, cut, drips, echoes_the_key, reply, says, serve, sleeps
 from reflectvlm.curate.calls import Calls, request_key
 from reflectvlm.curate.request_key import content_hash
 from reflectvlm.curate.teachers import teacher
@@ -29,7 +30,6 @@ from reflectvlm.data.fetch import BadImage
 from reflectvlm.recipe_check import RecipeError
 from reflectvlm.rewards.chat_pace import Pace
 from reflectvlm.tags import find_boxes, look_back, parse, qwen_la
-from test_judges import KEY, Server, cut, drips, echoes_the_key, reply, says, serve, sleeps
 
 __all__ = ["serve"]  # the fixture
 

@@ -51,7 +51,7 @@ def test_suite(device: torch.device, tiny: bool) -> Iterator[Attempt]:
 def on(device: torch.device, family: TinyFamily) -> QwenVL:
     """The tests' own policy, float64, on this device."""
     from fixtures import favour, make_policy, uneven
-    from test_copy_route import SPECIAL
+    from reattending import SPECIAL
 
     policy = favour(uneven(make_policy(dtype=torch.float64, family=family)), [SPECIAL], 4)
     policy.module.to(device)
