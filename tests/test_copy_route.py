@@ -139,8 +139,10 @@ def test_a_pass_with_a_wrong_token_count_is_noticed() -> None:
 
 
 def test_watching_changes_no_logprob() -> None:
-    """The watched attention function is used for the answer itself."""
+    """The watched attention function is used for the answer itself, and gone after it."""
     policy = exact()
+    config = policy.model.model.language_model.config
+    before = config._attn_implementation
     given = prompts(policy)
     plain = generate(policy, given, VisualCopy(trigger=SPECIAL))
     watched = generate(policy, given, VisualRoute(trigger=SPECIAL, m=99.999))
@@ -148,4 +150,4 @@ def test_watching_changes_no_logprob() -> None:
         assert a.sampled_ids == b.sampled_ids
         gaps = [abs(x - y) for x, y in zip(trained_logprobs(a), trained_logprobs(b), strict=True)]
         assert max(gaps) < TOLERANCE
-    assert policy.model.model.language_model.config._attn_implementation == "sdpa"
+    assert config._attn_implementation == before
