@@ -28,6 +28,7 @@ import torch
 from reflectvlm import load_recipe
 from reflectvlm.train import keeping
 from reflectvlm.train.checkpoint import CheckpointStore
+from reflectvlm.train.keeper import Keeper
 from reflectvlm.train.loop import _Loop
 from reflectvlm.train.run_folder import RunFolder
 from reflectvlm.train.saver import Saver
@@ -52,34 +53,7 @@ def main() -> None:
 
 
 def measured(root: Path, repeats: int, steps: int) -> dict[str, Any]:
-    trainer = load_recipe(
-        "lookback_rl", "start_from=null", "test=null", "eval_every=0", "steps=100000", f"root={root}"
-    )
-    output = trainer.output
-    with RunFolder.open(trainer.name, output, "checkpoints") as folder, StopRequest() as stop:
-        loop = _Loop(trainer, folder, stop, trainer.name)
-        trainer.prepare()
-        loop.about = keeping.about(trainer)
-        loop.output = trainer.output
-        ways: dict[str, Callable[[], None]] = {
-            "alone": lambda: _bare_step(trainer),
-            "in the loop": lambda: _same_step(loop),
-        }
-        for way in ways.values():
-            way()  # warm
-        times: dict[str, list[float]] = {name: [] for name in (*ways, "while saving")}
-        stops, copies, saves = [], [], []
-        for repeat in range(repeats):
-            for name in list(ways)[:: 1 if repeat % 2 else -1]:
-                times[name].append(_timed(ways[name], steps))
-            copies.append(_copy_seconds(loop))
-            loop.saver.seconds = 0.0
-            begun = time.perf_counter()
-            loop._save()
-            stops.append(time.perf_counter() - begun)
-            times["while saving"].append(_timed(ways["in the loop"], steps))
-            loop.saver.wait()
-            saves.append(loop.saver.seconds)
+    times, stops, copies, saves = of_a_run(root, repeats, steps)
     large = [_gigabyte(root / f"large-{number}", number % 2 == 0) for number in range(7)]
     alone, looped, saving = (statistics.median(times[name]) for name in times)
     each = [b / a - 1 for a, b in zip(times["alone"], times["in the loop"], strict=True)]
@@ -104,6 +78,40 @@ def measured(root: Path, repeats: int, steps: int) -> dict[str, Any]:
     }
 
 
+def of_a_run(
+    root: Path, repeats: int, steps: int, *overrides: str
+) -> tuple[dict[str, list[float]], list[float], list[float], list[float]]:
+    """Seconds of steps in each way; for which a save stops training; of a plain copy; of a whole save."""
+    fixed = ("start_from=null", "test=null", "eval_every=0", "steps=100000", f"root={root}")
+    trainer = load_recipe("lookback_rl", *fixed, *overrides)
+    output = trainer.output
+    with RunFolder.open(trainer.name, output, "checkpoints") as folder, StopRequest() as stop:
+        loop = _Loop(trainer, folder, stop, trainer.name)
+        trainer.prepare()
+        loop.keeper = Keeper(trainer, folder, loop.now, loop.jsonl.sizes)
+        ways: dict[str, Callable[[], None]] = {
+            "alone": lambda: _bare_step(trainer),
+            "in the loop": lambda: _same_step(loop),
+        }
+        for way in ways.values():
+            way()  # warm
+        times: dict[str, list[float]] = {name: [] for name in (*ways, "while saving")}
+        stops, copies, saves = [], [], []
+        for repeat in range(repeats):
+            for name in list(ways)[:: 1 if repeat % 2 else -1]:
+                times[name].append(_timed(ways[name], steps))
+            copies.append(_copy_seconds(loop))
+            loop.keeper.saver.seconds = 0.0
+            begun = time.perf_counter()
+            loop.keeper.save()
+            stops.append(time.perf_counter() - begun)
+            times["while saving"].append(_timed(ways["in the loop"], steps))
+            loop.keeper.saver.wait()
+            saves.append(loop.keeper.saver.seconds)
+        loop.trackers.close()
+    return times, stops, copies, saves
+
+
 def _machine() -> str:
     threads = f"{os.environ.get('OMP_NUM_THREADS', 'all')} thread(s)"
     return f"{platform.machine()}, {os.cpu_count()} cores, {threads}"
@@ -116,7 +124,7 @@ def _bare_step(trainer: Any) -> None:
 
 def _same_step(loop: _Loop) -> None:
     """The loop's whole step, always of the same rows."""
-    loop.done = 3
+    loop.now.done = 3
     loop.trainer.position = 48
     loop._step()
 
@@ -130,7 +138,7 @@ def _timed(work: Callable[[], None], steps: int) -> float:
 
 def _copy_seconds(loop: _Loop) -> float:
     """Of the same tensors, into memory."""
-    tensors, _ = keeping.snapshot(loop.trainer, loop.about, {})
+    tensors, _ = keeping.snapshot(loop.trainer, loop.keeper.about, {})
     begun = time.perf_counter()
     kept = [[tensor.clone() for tensor in part.values()] for part in tensors.values()]
     copied = time.perf_counter() - begun

@@ -121,7 +121,9 @@ class Making:
             [json.loads(line)["id"] for line in (out / f"{name}.jsonl").read_text().splitlines()]
             for name in ("rows", "dropped")
         )
-        return json.dumps([places, self.killed, self.wrong, sorted(self.files), rows, dropped])
+        whys = [json.loads(line)["stage"] for line in (out / "dropped.jsonl").read_text().splitlines()]
+        known = whys.count("overlap")
+        return json.dumps([places, self.killed, self.wrong, sorted(self.files), rows, dropped, known])
 
 
 def found(out: Path) -> dict[str, bytes]:

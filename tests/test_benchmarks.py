@@ -528,3 +528,14 @@ def test_scale_page_says_what_failed_and_what_was_left_out(script: Callable[[str
     assert "| +2.6 % |" in page
     assert "| all | not measured: too large |" in page
     assert "- whole: time limit, 60.0 s" in page
+
+
+def test_the_cost_of_trust_can_be_measured(script: Callable[[str], Any], tmp_path: Path) -> None:
+    """Bug: the benchmark reaches into the loop, and the loop is another one."""
+    times, *others = script("trust").of_a_run(tmp_path, 1, 1, "prompts_per_step=1", "group_size=2")
+    assert {name: len(found) for name, found in times.items()} == {
+        "alone": 1,
+        "in the loop": 1,
+        "while saving": 1,
+    }
+    assert all(len(found) == 1 and found[0] > 0 for found in others)

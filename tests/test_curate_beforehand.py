@@ -102,7 +102,10 @@ def test_a_question_is_looked_up_once(tmp_path: Path) -> None:
     assert len(looked) == len(QUESTIONS)
     whole = (tmp_path / "questions.jsonl").read_bytes()
     (tmp_path / "questions.jsonl").write_bytes(whole[: len(whole) // 2])
+    done = whole[: len(whole) // 2].count(b"\n") // 5 * 5
+    assert 0 < done < len(QUESTIONS)
     assert begun() == first
+    assert looked[len(QUESTIONS) :] == [one.id for one in QUESTIONS[done:]]
     assert (tmp_path / "questions.jsonl").read_bytes() == whole
 
 
@@ -150,6 +153,33 @@ def test_a_source_that_is_an_evaluation_set_says_so(
     capsys.readouterr()
     assert run([*words, f"out={tmp_path / 'b'}", f"without={held}", "without.n=3"]) == 1
     told = capsys.readouterr()
-    assert "The set has no rows: of 3 questions 1 are left out for overlap: text of exam.jsonl" in told.err
+    assert "of 3 questions 3 are left out for overlap, for example: text of exam.jsonl" in told.err
+    assert "Give another source=, or leave the set out of without=." in told.err
     assert lines(tmp_path / "b" / "answers.jsonl") == []
     assert "calls to make" not in told.out
+
+
+def test_an_evaluation_set_that_has_changed_is_another_one(tmp_path: Path) -> None:
+    """Bug: questions stay out for a row that the evaluation set has no longer, or stay in for a new one."""
+    held = tmp_path / "exam.jsonl"
+    words = ["source=digits", "max_rows=3", "model=rule,wrong=0.5", "teacher=rule,seed=1", "n=2"]
+    words += ["method=semantic_back", f"without={held}", f"out={tmp_path / 'a'}"]
+    held.write_text('{"id": "1", "question": "Who?", "answer": "x"}\n')
+    coldstart_command.run(words)
+    held.write_text('{"id": "1", "question": "Where?", "answer": "x"}\n')
+    with pytest.raises(ValueError, match=r"begun with other settings: evaluation_rows '.*' → '"):
+        coldstart_command.run(words)
+
+
+def test_an_image_alone_is_no_sure_evidence() -> None:
+    """Bug: where an image counts and an image with text does not, a question is left out whose trace would be
+    kept."""
+    question = QUESTIONS[0]
+    images = tuple(row_hashes(question.images, question.root))
+    said = "one two three four five six seven eight nine ten"
+    index = EvaluationIndex(held=[Held(set="exam", id="e", question=said, images=images)], distance=None)
+    alone = NoOverlap(index=index, evidence=("image",))
+    trace = Trace(question=question, text=said, method="qwen_la")
+    assert alone(trace) is None
+    assert alone.of_question(question) is None
+    assert NoOverlap(index=index, evidence=("image", "text and image")).of_question(question) is not None

@@ -163,11 +163,11 @@ def test_numbers_as_published(text: str) -> None:
 )
 def test_long_replies_take_linear_time(text: str) -> None:
     """Bug: 100 kB of digits hold up a score for minutes."""
-    start = time.perf_counter()
+    start = time.thread_time()
     open_answers(text)
     choice(text, OPTIONS, "x")
     choice_pro(text, OPTIONS, "x")
-    assert time.perf_counter() - start < 20
+    assert time.thread_time() - start < 5
 
 
 def test_normal_forms() -> None:

@@ -117,9 +117,9 @@ def test_every_byte_is_the_tokenizers_own() -> None:
 
 def test_a_long_answer_takes_linear_time() -> None:
     """Bug: decoding every beginning anew, which takes minutes for a long answer of broken bytes."""
-    started = time.perf_counter()
+    started = time.thread_time()
     assert token_offsets(["â", "Ĥ"] * 50_000)[-1] == 49_999
-    assert time.perf_counter() - started < 30
+    assert time.thread_time() - started < 5
 
 
 def test_offsets_of_nothing() -> None:

@@ -139,10 +139,10 @@ def test_a_rollout_that_cannot_say_where_its_tokens_begin() -> None:
 
 def test_many_reflections_take_no_time() -> None:
     """Bug: a scan from the start for each opening tag."""
-    started = time.perf_counter()
+    started = time.thread_time()
     assert closed_blocks("<REFLECTION>" * 100_000 + "x", "REFLECTION") == ()
     assert len(closed_blocks(reflections(0) * 50_000, "REFLECTION")) == 50_000
-    assert time.perf_counter() - started < 30
+    assert time.thread_time() - started < 5
 
 
 @pytest.mark.parametrize(

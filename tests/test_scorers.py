@@ -136,7 +136,7 @@ def test_hostile_replies_are_wrong_and_quick() -> None:
     started = time.perf_counter()
     for scorer in (Lookback(), Strict()):
         assert {mark.value for mark in scorer(None, asked)} == {0.0}
-    assert time.perf_counter() - started < 20
+    assert time.perf_counter() - started < 9  # a single time-out is 10
 
 
 @pytest.mark.parametrize(

@@ -157,10 +157,10 @@ def test_every_filled_skeleton_is_valid(parts: list[str]) -> None:
 )
 def test_hostile_text_takes_linear_time(unit: str) -> None:
     """100 kB of brackets once took a backtracking pattern minutes, and a step of training with it."""
-    start = time.perf_counter()
+    start = time.thread_time()
     for layout in (look_back(), qwen_la()):
         assert not parse(layout, unit * (100_000 // len(unit))).valid
-    assert time.perf_counter() - start < 20
+    assert time.thread_time() - start < 5
 
 
 def test_nested_and_escaped_boxes() -> None:

@@ -8,12 +8,20 @@ asked about them, and paid.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from reflectvlm.curate.filters.applying import Dropped, Early, unfit
 from reflectvlm.curate.finishing import Nothing
 from reflectvlm.curate.stages import Line, Stage
 from reflectvlm.curate.types import Filter, Question
+
+
+@runtime_checkable
+class Early(Protocol):
+    """A filter that knows of some questions already that no trace of theirs will be kept."""
+
+    @property
+    def name(self) -> str: ...
+    def of_question(self, question: Question, /) -> str | None: ...
 
 
 class Beforehand(NamedTuple):
@@ -24,11 +32,11 @@ class Beforehand(NamedTuple):
 
 
 def beforehand(questions: Sequence[Question], filters: Sequence[Filter], stage: Stage) -> Beforehand:
-    """Asks the filters that can judge a question alone (`Early`), each question once whatever is killed."""
+    """Asks the filters that are `Early`, each question once whatever is killed."""
     early = [one for one in filters if isinstance(one, Early)]
     if not early:
         return Beforehand(questions, ())
-    stage.run(questions, lambda part: [_line(found) for found in unfit(early, part)])
+    stage.run(questions, lambda part: [_line(early, question) for question in part])
     fit, left_out = [], []
     for question, line in zip(questions, stage.lines(), strict=True):
         if "why" in line:
@@ -38,5 +46,9 @@ def beforehand(questions: Sequence[Question], filters: Sequence[Filter], stage: 
     return Beforehand(fit, left_out)
 
 
-def _line(found: Dropped | None) -> Line:
-    return {} if found is None else found._asdict()
+def _line(filters: Sequence[Early], question: Question) -> Line:
+    """The first filter's objection."""
+    for one in filters:
+        if (why := one.of_question(question)) is not None:
+            return {"by": one.name, "why": why}
+    return {}

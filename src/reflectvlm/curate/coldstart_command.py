@@ -49,7 +49,7 @@ reflectvlm data coldstart: make the cold start that the papers did not release
   without=              evaluation sets whose rows must not be in it, nor be asked about: benchmarks' names
                         below data_dir=data, files; without.question=… and the words of data overlap, as
                         without.distance=null
-  limit=                most rows of the set. Every question is answered for it all the same: max_rows=
+  limit=                most rows of the set. No fewer questions are answered for it: max_rows= takes fewer
   out=                  the folder. The same words again go on after a kill, and ask again what a server
                         did not answer. Exit code 1: the set has no row
   cache=                folder of all replies, by default in out: nothing is asked twice
@@ -82,8 +82,9 @@ def run(words: list[str]) -> int:
 
     def most(questions: Sequence[Question]) -> Mapping[str, Most]:
         if cold.column is None and cold.limit is not None and cold.limit < len(questions):
+            which = " that are in none of without=" if "without" in given else ""
             say(
-                f"limit={cold.limit} bounds the rows of the set: all {len(questions):,} questions are "
+                f"limit={cold.limit} bounds the rows of the set: all {len(questions):,} questions{which} are "
                 f"answered {cold.n} times. max_rows= takes fewer questions."
             )
         return most_calls(cold, questions, len(specs["judges"]))

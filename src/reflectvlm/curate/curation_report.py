@@ -33,8 +33,8 @@ class Curated:
     shares: Mapping[Look, float] | None = None
     to_review: int = 0
     about: Mapping[str, Any] = field(default_factory=dict)
-    """`method`; `rates`: pass rates of all questions; `tokens`: by stage; `failed`: calls without a
-    reply that may yet come, by stage; `notes`: what must be read; anything else is told as it is."""
+    """`method`; `rates`: pass rates of the questions that were asked; `tokens`: by stage; `failed`: calls
+    without a reply that may yet come, by stage; `notes`: what must be read; all else is told as it is."""
 
 
 def report(curated: Curated) -> dict[str, Any]:
@@ -116,9 +116,11 @@ def without_rows(values: Mapping[str, Any]) -> str:
         return "The source has no questions."
     stage, found = next(iter(values["dropped"].items()))
     reason, count = next(iter(found["reasons"].items()))
+    said = f"{stage}: {reason}" if count == found["all"] else f"{stage}, for example: {reason}"
+    remedy = " Give another source=, or leave the set out of without=." if stage == "overlap" else ""
     return (
-        f"The set has no rows: of {values['questions']:,} questions {count:,} are left out for "
-        f"{stage}: {reason}."
+        f"The set has no rows: of {values['questions']:,} questions {found['all']:,} are left out for "
+        f"{said}.{remedy}"
     )
 
 

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reflectvlm.curate.calls import Calls, Prices, until_stopped
+from reflectvlm.curate.contamination import Held
 from reflectvlm.curate.curation_report import report_markdown, without_rows
 from reflectvlm.curate.evaluation_sets import EvaluationSets
 from reflectvlm.curate.filters import standard
 from reflectvlm.curate.judging import Judges
 from reflectvlm.curate.most_calls import Most
 from reflectvlm.curate.set_words import cache_of, out_of, prices_of, questions_of, rows_of, source_digest
-from reflectvlm.curate.splice import Method
-from reflectvlm.curate.stages import folder_of
+from reflectvlm.curate.stages import folder_of, rows_digest
 from reflectvlm.curate.teachers import teacher
 from reflectvlm.curate.teachers.words import check_model
 from reflectvlm.curate.types import Filter, Question, Request, Teacher
@@ -75,7 +75,10 @@ def make_set(
             say(f"{role}: {most.told(prices)}")
     if only:
         return 0
-    filters = filters_of(card["method"], sets)
+    held = held_of(sets)
+    if sets.names:
+        whole["evaluation_rows"] = rows_digest((h.set, h.id, h.question, *h.images) for h in held)
+    filters = standard(card["method"], without=sets.index(held) if sets.names else None)
     source = source_digest(questions, card.get("column"))
     with folder_of(out, {**whole, "rows": len(questions), "source": source}):
         people = {role: [asked.add(role, spec) for spec in found] for role, found in specs.items()}
@@ -165,14 +168,12 @@ def judges_of(given: Given, asked: Mapping[str, Any]) -> Judges:
     return Judges(asked=asked, votes=given.value("votes", int, min(2, len(asked)))) if asked else Judges()
 
 
-def filters_of(method: Method, sets: EvaluationSets) -> Sequence[Filter]:
-    """The usual ones, and that nothing is in the evaluation sets that `without=` names."""
-    if not sets.names:
-        return standard(method)
+def held_of(sets: EvaluationSets) -> Sequence[Held]:
+    """The rows of the evaluation sets that `without=` names; says how many, and what cannot be compared."""
     held = sets.held(lambda name, count: say(f"without {name}: {count:,} evaluation rows"))
-    for line in sets.doubts(held):
+    for line in sets.doubts(held) if held else ():
         log.warning("without=%s: %s", ",".join(sets.names), line)
-    return standard(method, without=sets.index(held))
+    return held
 
 
 def without_of(given: Given, sets: EvaluationSets) -> dict[str, str]:

@@ -51,12 +51,13 @@ class Progress:
         }
 
     def load_state(self, done: int, state: Mapping[str, Any]) -> None:
+        """The opposite of `state`, after so many steps."""
         self.done, self.before, self.begun = done, dict(state["before"]), state["begun"]
         self.owes_evaluation, self.left_out = state["owes_evaluation"], state["left_out"]
 
     @property
     def place(self) -> tuple[int, bool, bool, int]:
-        """Two with the same place are the same."""
+        """What a checkpoint must agree in with the run to be of its present state."""
         return self.done, self.begun, self.owes_evaluation, self.left_out
 
 
@@ -65,7 +66,11 @@ class Keeper:
     that length with it. All processes call the same methods; the first one writes."""
 
     def __init__(
-        self, trainer: Trainable, folder: RunFolder, progress: Progress, logged: Callable[[], JSON]
+        self,
+        trainer: Trainable,
+        folder: RunFolder,
+        progress: Progress,
+        logged: Callable[[], Mapping[str, int]],
     ) -> None:
         self.trainer, self.folder, self.progress, self.logged = trainer, folder, progress, logged
         self.output, self.ranks = trainer.output, trainer.ranks
@@ -81,8 +86,9 @@ class Keeper:
     @property
     def seconds(self) -> float:
         """What a save may take, or a guess before the first."""
-        save = 2 * self.saver.seconds + 1 if self.saver.seconds else None
-        return (seconds_to_save(self.trainer.policy.module) if save is None else save) + self.gather_seconds
+        known = self.saver.seconds
+        save = 2 * known + 1 if known else seconds_to_save(self.trainer.policy.module)
+        return save + self.gather_seconds
 
     def save(self) -> None:
         """Begins a checkpoint of the state as it is now; training goes on while it is written."""
@@ -105,7 +111,7 @@ class Keeper:
         with contextlib.suppress(Exception):  # the run's own error is the one to tell
             self.saver.wait()
 
-    def restore(self) -> Mapping[str, JSON] | None:
+    def restore(self) -> Mapping[str, int] | None:
         """Makes trainer and progress those of the newest valid checkpoint; what `logged` had said then. None
         if the run has none yet.
 
@@ -122,11 +128,11 @@ class Keeper:
         self.progress.load_state(checkpoint.step, loop)
         self.saver.saved = checkpoint.step
         self.kept = self.progress.place
-        logged: Mapping[str, JSON] = loop["logged"]
+        logged: Mapping[str, int] = loop["logged"]
         return logged
 
     def _save(self) -> None:
-        loop = {**self.progress.state(), "logged": self.logged()}
+        loop = {**self.progress.state(), "logged": dict(self.logged())}
         started = time.monotonic()
         tensors, state = keeping.snapshot(self.trainer, self.about, loop)
         self.gather_seconds = max(self.gather_seconds, time.monotonic() - started)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from reflectvlm.curate.types import Filter, Question, Trace
+from reflectvlm.curate.types import Filter, Trace
 
 
 class Dropped(NamedTuple):
@@ -22,27 +22,6 @@ class Batched(Protocol):
     order."""
 
     def many(self, traces: Sequence[Trace], /) -> list[str | None]: ...
-
-
-@runtime_checkable
-class Early(Protocol):
-    """A filter that knows of some questions already that no trace of theirs will be kept, so that nobody need
-    be asked about them."""
-
-    @property
-    def name(self) -> str: ...
-    def of_question(self, question: Question, /) -> str | None: ...
-
-
-def unfit(filters: Sequence[Early], questions: Sequence[Question]) -> list[Dropped | None]:
-    """For each question the first filter's objection, or None."""
-    return [
-        next(
-            (Dropped(one.name, why) for one in filters if (why := one.of_question(question)) is not None),
-            None,
-        )
-        for question in questions
-    ]
 
 
 def screened(filters: Sequence[Filter], traces: Sequence[Trace]) -> list[Dropped | None]:

@@ -33,21 +33,22 @@ class NoOverlap:
 
     def __call__(self, trace: Trace, /) -> str | None:
         try:
-            return self._found(trace.question, trace.text)
+            return self._found(trace.question, trace.text, self.evidence)
         except BadImage as bad:
             return f"an image cannot be read ({bad.reason})"
 
     def of_question(self, question: Question, /) -> str | None:
-        """As of a trace that says nothing. A question whose images cannot be read is left to those that
-        need them."""
+        """What is found of every trace of this question, whatever it says. A question whose images cannot be
+        read is left to those that need them."""
+        surely = [one for one in self.evidence if one != "image" or "text and image" in self.evidence]
         try:
-            return self._found(question, "")
+            return self._found(question, "", surely)  # a trace's words can make an image text and image
         except BadImage:
             return None
 
-    def _found(self, question: Question, more: str) -> str | None:
+    def _found(self, question: Question, more: str, evidence: Sequence[Evidence]) -> str | None:
         images = row_hashes(question.images, question.root, self.limits)
         for hit in self.index.hits(question.question, more, images):
-            if hit.evidence in self.evidence:
+            if hit.evidence in evidence:
                 return f"{hit.evidence} of {hit.held.set} {hit.held.id}"
         return None
